@@ -57,7 +57,9 @@ def roi_crop(
         return empty + 0 * (features.sum() + theta.sum().to(features.dtype))
     crops = []
     for image, matrices in zip(features.to(computed), theta, strict=True):
-        grid = F.affine_grid(matrices, [regions, channels, *size], align_corners=align_corners)  # (R, h, w, 2)
+        grid = F.affine_grid(
+            matrices, [regions, channels, *size], align_corners=align_corners
+        )  # (R, h, w, 2)
         grid = grid.clamp(-16, 16)  # far outside is outside: no overflow of huge rois on the way to pixels
         copies = image.expand(regions, -1, -1, -1)  # (R, C, H, W)
         crops.append(F.grid_sample(copies, grid, "bilinear", "zeros", align_corners))  # (R, C, h, w)

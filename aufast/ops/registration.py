@@ -1,0 +1,119 @@
+"""How an operator is made known to PyTorch: schema, fallback, fake, and gradients of any order.
+
+Every operator has a forward and a backward schema, defined here in Python. The reference is registered as the
+fallback of both, so an operator exists, traces and is right even where nothing compiled was loaded; compiled
+libraries override it for their device. First-order gradients go to the backward operator; where the graph of the
+gradient itself is wanted (`create_graph=True`), they go through the reference, which is differentiable again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("aufast", "DEF")
+
+Reference = Callable[..., tuple[Tensor, ...]]
+
+
+def needs_mask(flags: Sequence[bool]) -> int:
+    """Pack "gradient k is wanted" flags into the `needs` bit mask of a backward operator."""
+    return sum(1 << k for k, flag in enumerate(flags) if flag)
+
+
+def image_format(image: Tensor) -> torch.memory_format:
+    """The memory format that an image operator's results take from its input."""
+    if image.is_contiguous() or not image.is_contiguous(memory_format=torch.channels_last):
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+def vector_jacobian(
+    reference: Reference, inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None], needs: int
+) -> list[Tensor | None]:
+    """Gradients of `reference(*inputs)` for the wanted inputs, differentiable again where gradients are on.
+
+    Aliases stand in for the inputs, so that an input made from another one does not count twice.
+    """
+    again = torch.is_grad_enabled()
+
+    def alias(k: int, value: Tensor | None) -> Tensor | None:
+        if value is not None and again and value.requires_grad:
+            return value.view_as(value)
+        return None if value is None else value.detach().requires_grad_(bool(needs >> k & 1))
+
+    with torch.enable_grad(), _recording():
+        aliases = [alias(k, value) for k, value in enumerate(inputs)]
+        wanted = [k for k, value in enumerate(aliases) if value is not None and needs >> k & 1]
+        outputs = reference(*aliases)
+        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+        found: Sequence[Tensor] = [torch.zeros_like(aliases[k]) for k in wanted]
+        if wanted and pairs:
+            targets, weights = zip(*pairs, strict=True)
+            found = torch.autograd.grad(
+                targets, [aliases[k] for k in wanted], weights, create_graph=again, materialize_grads=True
+            )
+    results: list[Tensor | None] = [None] * len(inputs)
+    for k, gradient in zip(wanted, found, strict=True):
+        results[k] = gradient
+    return results
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Let autograd record inside an operator's fallback, which runs below the autograd dispatch keys."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradCPU", "AutogradCUDA", "AutogradOther", "AutogradMeta", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded):
+        yield
+
+
+def register(
+    name: str,
+    *,
+    schema: str,
+    backward_schema: str,
+    fallback: Callable[..., Any],
+    backward_fallback: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward_fake: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+) -> None:
+    """Define `aufast::name` and `aufast::name_backward` with their fallbacks, fakes and autograd formula."""
+    backward_name = f"{name}_backward"
+    LIBRARY.define(name + schema)
+    LIBRARY.define(backward_name + backward_schema)
+    LIBRARY.impl(name, torch.no_grad()(fallback), "CompositeExplicitAutograd")
+    LIBRARY.impl(backward_name, torch.no_grad()(backward_fallback), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"aufast::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"aufast::{backward_name}", backward_fake, lib=LIBRARY)
+    torch.library.register_autograd(f"aufast::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+
+    def refuse(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            f"aufast::{backward_name} has no derivative of its own; "
+            "second-order gradients need create_graph=True on the first backward pass"
+        )
+
+    torch.library.register_autograd(f"aufast::{backward_name}", refuse, lib=LIBRARY)
+
+
+def unwanted(like: Tensor) -> Tensor:
+    """What a backward operator returns for a gradient nobody asked for."""
+    return like.new_empty(0)
+
+
+def fresh(value: Tensor) -> Tensor:
+    """A fallback's result as its fake promises it: contiguous, and never an alias of an input."""
+    return value.clone(memory_format=torch.contiguous_format)
+
+
+def dense(gradient: Tensor | None, like: Tensor) -> Tensor:
+    """A fallback's gradient: empty where nobody asked for it."""
+    return unwanted(like) if gradient is None else fresh(gradient)
