@@ -1,4 +1,4 @@
-"""Checks of constructor arguments: one sentence that names the layer, the argument, what came and what was expected."""
+"""Checks of constructor arguments: one sentence that names the layer, the argument and what was expected."""
 
 from __future__ import annotations
 

@@ -77,8 +77,8 @@ class _GraphLayer(nn.Module):
 class GraphConv(_GraphLayer):
     """Mix the nodes by a learned graph, then give each node its own linear map: `(I + N(R(U Uᵀ))) X ⊙ Q W`.
 
-    The papers do not say how U, Q and W start. Here U and Q are normal with variance 1/ce, each slice of W is Xavier
-    uniform, and the bias is zero: every node's own matrix then starts with Xavier's variance.
+    The papers do not say how U, Q and W start. Here U and Q are normal with variance 1/ce, each slice of W
+    is Xavier uniform, and the bias is zero: every node's own matrix then starts with Xavier's variance.
 
     Args:
         in_features: cin.
@@ -112,9 +112,7 @@ class GraphConv(_GraphLayer):
         dtype: torch.dtype | None = None,
     ):
         factory = {"device": device, "dtype": dtype}
-        super().__init__(
-            nodes, embedding, normalization, order, tie_embeddings, not shared, backend, factory
-        )
+        super().__init__(nodes, embedding, normalization, order, tie_embeddings, not shared, backend, factory)
         positive("GraphConv", in_features=in_features, out_features=out_features)
         self.in_features, self.out_features, self.shared = in_features, out_features, shared
         self.W = self._pool(in_features, out_features, factory)
@@ -158,8 +156,8 @@ class GraphConv(_GraphLayer):
 class GraphGRU(_GraphLayer):
     """A gated recurrent unit whose products are AU-specific graph convolutions.
 
-    One pair U, Q serves the three gates. The rows of each pool are the state's first, then the input's. Parameters
-    start as in `GraphConv`.
+    One pair U, Q serves the three gates. The rows of each pool are the state's first, then the input's.
+    Parameters start as in `GraphConv`.
 
     Args:
         in_features: c_in.
@@ -220,7 +218,8 @@ class GraphGRU(_GraphLayer):
             lengths: (B,) int64, steps of each sequence; None means T for all.
 
         Returns:
-            States (B, T, m, c), zero at and after a sequence's end, and the last state (B, m, c) of each sequence.
+            States (B, T, m, c), zero at and after a sequence's end, and the last state (B, m, c) of each
+            sequence.
         """
         return ops.graph_gru(
             x,

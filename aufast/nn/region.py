@@ -15,9 +15,9 @@ from aufast.nn.checks import positive
 class PatchBatchNorm(nn.Module):
     """The batch normalisations of an n×n grid of patches, as one scale and one shift per patch and channel.
 
-    Does what n² separate `BatchNorm2d` do, one per patch: statistics over batch × patch pixels, running mean and
-    unbiased running variance. It returns `scale` and `shift` in place of the normalised map, for the convolution
-    that applies them while it reads its input.
+    Does what n² separate `BatchNorm2d` do, one per patch: statistics over batch × patch pixels, running mean
+    and unbiased running variance. It returns `scale` and `shift` in place of the normalised map, for the
+    convolution that applies them while it reads its input.
 
     Args:
         grid: n.
@@ -162,8 +162,8 @@ class RegionConv(nn.Module):
 class RegionLayer(nn.Module):
     """Hierarchical multi-scale region layer: `ReLU(BN(y0 + concat(y1, y2, y3)))`.
 
-    `y0` is a plain 3×3 convolution to C_out channels; each further `y` convolves the one before patch by patch, on a
-    coarser grid: to C_out/2 on 8×8 patches, to C_out/4 on 4×4, to C_out/4 on 2×2.
+    `y0` is a plain 3×3 convolution to C_out channels. Each further `y` convolves the one before it patch by
+    patch, on a coarser grid: to C_out/2 on 8×8 patches, to C_out/4 on 4×4, to C_out/4 on 2×2.
 
     Args:
         in_channels: C_in.

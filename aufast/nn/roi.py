@@ -33,14 +33,13 @@ class RoiCrop(nn.Module):
 
         Args:
             features: (B, C, H, W).
-            rois: (B, R, 4) boxes `(x1, y1, x2, y2)` in continuous feature pixels, or (B, R, 2, 3) affine matrices.
+            rois: (B, R, 4) boxes `(x1, y1, x2, y2)` in continuous feature pixels, or (B, R, 2, 3) affine
+                matrices.
 
         Returns:
             (B, R, C, h, w).
         """
-        return ops.roi_crop(
-            features, rois, self.size, align_corners=self.align_corners, backend=self.backend
-        )
+        return ops.roi_crop(features, rois, self.size, align_corners=self.align_corners, backend=self.backend)
 
     def extra_repr(self) -> str:
         return f"size={self.size}, align_corners={self.align_corners}"
@@ -49,9 +48,9 @@ class RoiCrop(nn.Module):
 class AdaptiveRoi(nn.Module):
     """Scale initial boxes by factors read from the features, then crop the scaled boxes.
 
-    A 1×1 convolution squeezes the map; global average pooling and one fully connected layer give four factors β per
-    box; the corner coordinates of the box are multiplied by them. At the start β is 1 for every input: the layer
-    begins with the initial boxes.
+    A 1×1 convolution squeezes the map; global average pooling and one fully connected layer give four
+    factors β per box; the corner coordinates of the box are multiplied by them. At the start β is 1 for
+    every input: the layer begins with the initial boxes.
 
     Args:
         in_channels: channels of the feature map.
@@ -115,7 +114,8 @@ class AdaptiveRoi(nn.Module):
 
         Args:
             features: (B, in_channels, H, W).
-            boxes: (B, R, 4) initial boxes `(x1, y1, x2, y2)` in continuous feature pixels, float32 or float64.
+            boxes: (B, R, 4) initial boxes `(x1, y1, x2, y2)` in continuous feature pixels, float32 or
+                float64.
 
         Returns:
             Crops (B, R, C, h, w), C being `out_channels`, and the adapted boxes (B, R, 4).
