@@ -26,7 +26,8 @@ def test_sets_and_rates_are_table_i(row: str) -> None:
 
 
 def test_set_sizes() -> None:
-    assert {name: len(aus) for name, aus in AU_SETS.items()} == {"bp4d": 12, "disfa": 8, "gft": 10, "affwild2": 12}
+    sizes = {name: len(aus) for name, aus in AU_SETS.items()}
+    assert sizes == {"bp4d": 12, "disfa": 8, "gft": 10, "affwild2": 12}
 
 
 def test_every_au_of_a_set_has_a_name() -> None:
