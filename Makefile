@@ -1,0 +1,81 @@
+# Everything runs in .venv. Set-up happens on the first use and again only where what it depends on has changed.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+PYTEST := $(PY) -m pytest -q
+
+.PHONY: help demo test bench lint format asan wheel clean
+
+help:
+	@echo 'make demo    find the face on a photograph, run both models, write pictures and tables'
+	@echo 'make test    every test, the slow ones too (pytest -q leaves those out)'
+	@echo 'make bench   time every operator against the reference and the strongest peers'
+	@echo 'make lint    ruff and clang-format; make format applies them'
+	@echo 'make asan    the operator tests with address and undefined-behaviour sanitizers'
+	@echo 'make wheel   a wheel for any Python, in dist/'
+	@echo 'make clean   remove what was built, but not $(VENV)'
+	@echo
+	@echo 'PYTHON=python3.12 chooses the interpreter. PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu'
+	@echo 'gets the small torch without CUDA. setup.py lists the variables of the build.'
+
+# --- set-up -------------------------------------------------------------------------------------------------------
+
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo 'aufast needs Python 3.10 or later; name one with make PYTHON=python3.12'; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+	@echo '[1/4] torch'
+	$(PIP) install -c constraints.txt torch numpy
+	@touch $@
+
+# The longest step. dlib comes as source only; its build brings its own cmake from PyPI and pip keeps the result.
+$(VENV)/.dlib: $(VENV)/.torch
+	@echo '[2/4] dlib: compiling it takes about six minutes on two cores, the first time'
+	$(PIP) install -c constraints.txt dlib
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.dlib pyproject.toml setup.py
+	@echo '[3/4] aufast and its tools'
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(wildcard csrc/*/*)
+	@echo '[4/4] the compiled part'
+	$(PY) setup.py -q build_ext --inplace
+	@touch $@
+
+# --- use ----------------------------------------------------------------------------------------------------------
+
+demo: $(VENV)/.built
+	$(VENV)/bin/aufast demo
+
+test: $(VENV)/.built
+	$(PYTEST) -m ''
+
+bench: $(VENV)/.built
+	$(PYTEST) benchmarks --benchmark-only
+	$(PY) -m benchmarks.table
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/pre-commit run --all-files
+
+format: $(VENV)/.installed
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(wildcard csrc/*/*)
+
+# The sanitizers' runtimes must be in the process before Python's own libraries are. Leaks are not looked for:
+# Python and torch leave memory behind at exit.
+asan: $(VENV)/.built
+	AUFAST_SANITIZE=address,undefined $(PY) setup.py -q build --build-lib build/asan
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  LD_PRELOAD="$$(for lib in libasan libubsan libstdc++; do g++ -print-file-name=$$lib.so; done | tr '\n' ' ')" \
+	  $(PYTEST) -o pythonpath='build/asan .' tests/ops
+
+wheel: $(VENV)/.installed
+	$(PIP) wheel --no-deps -w dist .
+
+clean:
+	rm -rf build dist aufast.egg-info aufast/_build.json aufast/*.so $(VENV)/.built
