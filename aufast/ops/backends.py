@@ -50,7 +50,10 @@ def load() -> None:
         if _missing[device] is None:
             _kernels[device] = _compiled(device)
     _missing["triton"] = "no Triton kernels are part of this version"
-    use_backend(os.environ.get("AUFAST_BACKEND", "auto"))
+    try:
+        use_backend(os.environ.get("AUFAST_BACKEND", "auto"))
+    except (ValueError, RuntimeError) as error:
+        raise type(error)(f"the environment variable AUFAST_BACKEND: {error}") from None
 
 
 def can_run(backend: str, operator: str, tensor: Tensor) -> str | None:
@@ -82,18 +85,14 @@ def choose(operator: str, tensor: Tensor, backend: str | None) -> str:
     requested = _selected if backend is None else backend
     if requested not in NAMES:
         raise ValueError(f"{operator}: backend must be one of {', '.join(NAMES)}, got {requested!r}")
-    if requested == "reference":
-        return "reference"
-    if not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    ):
-        return "reference"
+    device = tensor.device.type
     if requested == "auto":
-        device = tensor.device.type
-        return device if device in _kernels and operator in _kernels[device] else "reference"
+        requested = device if device in _kernels and operator in _kernels[device] else "reference"
     reason = can_run(requested, operator, tensor)
     if reason is not None:
         raise RuntimeError(f"{operator}: the {requested!r} backend cannot run here: {reason}")
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        return "reference"
     return requested
 
 

@@ -14,8 +14,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-LIBRARY = torch.library.Library("aufast", "DEF")
+
+class _Library(torch.library.Library):
+    """A library whose autograd kernels refuse forward-mode tangents, which PyTorch's would drop without a word."""
+
+    def impl(self, op_name: str, fn: Callable[..., Any], dispatch_key: str = "", **options: Any) -> None:
+        if dispatch_key == "Autograd":
+            fn = _refusing_tangents(fn)
+        super().impl(op_name, fn, dispatch_key, **options)
+
+
+def _refusing_tangents(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    def checked(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        if forward_ad._current_level >= 0 and any(
+            isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None for value in args
+        ):
+            raise RuntimeError(
+                "torch.ops.aufast has no forward-mode derivatives; the functions of aufast.ops have them"
+            )
+        return kernel(keyset, *args, **kwargs)
+
+    return checked
+
+
+LIBRARY = _Library("aufast", "DEF")
 
 Reference = Callable[..., tuple[Tensor, ...]]
 
@@ -65,8 +89,13 @@ def vector_jacobian(
 
 @contextmanager
 def _recording() -> Iterator[None]:
-    """Let autograd record inside an operator's fallback, which runs below the autograd dispatch keys."""
+    """Let autograd record inside an operator's fallback, which runs below the autograd dispatch keys.
+
+    Autocast is off here: a gradient has the precision of its own operator, not of the region that asks for it.
+    """
     excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutocastCPU", "AutocastCUDA"):
+        excluded = excluded.add(getattr(torch._C.DispatchKey, key))
     for key in ("AutogradCPU", "AutogradCUDA", "AutogradOther", "AutogradMeta", "ADInplaceOrView"):
         excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
     with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded):
