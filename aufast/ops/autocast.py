@@ -9,7 +9,7 @@ from torch import Tensor
 def cast_products(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under autocast, cast float32 and lower to autocast's dtype, as `torch.matmul` does; else nothing."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from aufast.reference.precision import outside_autocast
+
 
 def global_adjacency(U: Tensor) -> Tensor:
     """`N(R(U Uᵀ))`: ReLU, then division by the sum over all entries; N(0) = 0.
@@ -39,6 +41,7 @@ def softmax_supports(E: Tensor, order: int) -> Tensor:
     return torch.stack(supports[:order])  # (K, m, m)
 
 
+@outside_autocast
 def graph_conv(
     x: Tensor,
     U: Tensor,

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from aufast.reference.graph_conv import graph_conv
+from aufast.reference.precision import outside_autocast
 
 
+@outside_autocast
 def graph_gru(
     x: Tensor,
     U: Tensor,

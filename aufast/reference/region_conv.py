@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from aufast.reference.precision import outside_autocast
 
+
+@outside_autocast
 def region_conv(
     x: Tensor,
     weight: Tensor,

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from aufast.reference.precision import outside_autocast
+
 
 def box_theta(boxes: Tensor, height: int, width: int) -> Tensor:
     """Turn boxes into the affine matrices of MARGL eq. (2).
@@ -25,6 +27,7 @@ def box_theta(boxes: Tensor, height: int, width: int) -> Tensor:
     return torch.stack([row_x, row_y], dim=-2)  # (..., 2, 3)
 
 
+@outside_autocast
 def roi_crop(
     features: Tensor, rois: Tensor, size: tuple[int, int] = (6, 6), *, align_corners: bool = False
 ) -> Tensor:
@@ -48,13 +51,14 @@ def roi_crop(
     computed = torch.promote_types(features.dtype, torch.float32)
     theta = rois.to(computed)
     if rois.dim() == 3:
-        theta = box_theta(theta, height, width)  # (B, R, 2, 3)
+        theta = box_theta(theta, max(height, 1), max(width, 1))  # (B, R, 2, 3)
     finite = theta.isfinite().flatten(2).all(-1)[:, :, None, None, None]  # (B, R, 1, 1, 1)
     theta = torch.where(finite[..., 0], theta, torch.zeros_like(theta))
 
     if 0 in (batch, regions, channels, height, width, *size):
-        empty = features.new_zeros((batch, regions, channels, *size))
-        return empty + 0 * (features.sum() + theta.sum().to(features.dtype))
+        nothing = features.flatten()[:0].sum() + theta.flatten()[:0].sum().to(features.dtype)  # 0, with a graph
+        outside = nothing.expand(batch, regions, channels, *size)
+        return torch.where(finite, outside, torch.full_like(outside, torch.nan))
     crops = []
     for image, matrices in zip(features.to(computed), theta, strict=True):
         grid = F.affine_grid(
