@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-FLOATS = "float16, bfloat16, float32 or float64"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Shapes:
@@ -25,8 +26,9 @@ class Shapes:
         """
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{self.operator}: {name} must be a tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{self.operator}: {name} must be {FLOATS}, got {tensor.dtype}")
+        if tensor.dtype not in FLOATS:
+            wanted = "float16, bfloat16, float32 or float64"
+            raise TypeError(f"{self.operator}: {name} must be {wanted}, got {tensor.dtype}")
         shape = tensor.shape
         if axes[0] == "...":
             axes = axes[1:]
@@ -59,12 +61,13 @@ def positive_pair(operator: str, name: str, value: object) -> tuple[int, int]:
     """Check an output size `(h, w)` of non-negative integers."""
     try:
         height, width = value
-        fits = int(height) == height >= 0 and int(width) == width >= 0
+        # A size may be symbolic while PyTorch traces; `int` would freeze it.
+        fits = all(isinstance(n, (int, torch.SymInt)) and n >= 0 for n in (height, width))
     except (TypeError, ValueError):
         fits = False
     if not fits:
         raise ValueError(f"{operator}: {name} must be two non-negative integers (h, w), got {value!r}")
-    return int(height), int(width)
+    return height, width
 
 
 NORMALIZATIONS = {"global": 0, "softmax": 1}

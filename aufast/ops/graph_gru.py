@@ -82,6 +82,8 @@ def _three(biases: tuple[Tensor, Tensor, Tensor] | None) -> tuple[Tensor | None,
         raise ValueError(
             f"graph_gru: biases must be three tensors (b_z, b_r, b_h), got {type(biases).__name__}"
         )
+    if 0 < sum(b is None for b in biases) < 3:
+        raise ValueError("graph_gru: biases must be three tensors (b_z, b_r, b_h), got None among them")
     return tuple(biases)
 
 
