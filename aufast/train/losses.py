@@ -148,11 +148,12 @@ def attention_network_loss(
         TypeError: an argument is of the wrong type.
         ValueError: a shape or device does not fit, or an unmasked label is neither 0 nor 1.
     """
-    if isinstance(attention, Tensor) and attention.shape[:-2] != frame_logits.shape:
+    occurrence = occurrence_loss(frame_logits, labels, weights, mask)
+    regression = attention_loss(attention, targets, attention_mask)
+    if attention.shape[:-2] != frame_logits.shape:
         expected = f"frame_logits' {tuple(frame_logits.shape)} and then H, W"
         raise ValueError(f"attention has shape {tuple(attention.shape)}, expected {expected}")
-    regression = attention_loss(attention, targets, attention_mask)
-    return occurrence_loss(frame_logits, labels, weights, mask) + attention_weight * regression
+    return occurrence + attention_weight * regression
 
 
 def _weighted_bce(logits: Tensor, occurs: Tensor, coded: Tensor, w: Tensor, v: Tensor) -> Tensor:
