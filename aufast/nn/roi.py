@@ -61,7 +61,6 @@ class AdaptiveRoi(nn.Module):
         crop_from: "squeezed" crops the map after the 1×1 convolution, "backbone" the one before it.
         scale_weight_std: standard deviation of the fully connected layer's initial weights.
         scale_bias: its initial bias.
-        align_corners: as in `RoiCrop`.
         backend: as in `RoiCrop`.
 
     Source: MARGL section 2.1, eq. (1) and (2).
@@ -78,7 +77,6 @@ class AdaptiveRoi(nn.Module):
         crop_from: str = "squeezed",
         scale_weight_std: float = 0.0,
         scale_bias: float = 1.0,
-        align_corners: bool = False,
         backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -98,7 +96,7 @@ class AdaptiveRoi(nn.Module):
             else None
         )
         self.scale = nn.Linear(squeeze, 4 * rois, device=device, dtype=dtype) if adaptive else None
-        self.crop = RoiCrop(size, align_corners=align_corners, backend=backend)
+        self.crop = RoiCrop(size, backend=backend)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -1,0 +1,21 @@
+"""The complete models: MARGL and AAR with their variants, and the ResNet-18 backbone."""
+
+from aufast.models.aar import AAR, AARConfig, AAROutput
+from aufast.models.margl import MARGL, MARGLConfig, MARGLOutput, relation_adjacency
+from aufast.models.registry import create_model, list_models, load_model
+from aufast.models.resnet import ResNet18, ResNetOutput
+
+__all__ = [
+    "AAR",
+    "MARGL",
+    "AARConfig",
+    "AAROutput",
+    "MARGLConfig",
+    "MARGLOutput",
+    "ResNet18",
+    "ResNetOutput",
+    "create_model",
+    "list_models",
+    "load_model",
+    "relation_adjacency",
+]

@@ -1,0 +1,322 @@
+"""AAR, adaptive attention and relation (IEEE TIP 2023), and the variants of its ablation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from aufast.aus import AU_SETS
+from aufast.models.config import Checker
+from aufast.models.layers import ACTIVATIONS, NodeLinear, check_pictures, full_precision
+from aufast.models.pretrained import Pretrained
+from aufast.nn import GraphConv, GraphGRU, RegionLayer
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """What a row of AAR Table VI has; "b-net" and "bw-net" differ in their loss alone."""
+
+    attention: bool = True
+    graph: str = "none"  # "none", "shared" (eq. 15), "specific" (eq. 11) or "gru" (eq. 13)
+    layers: int = 0
+    temporal_average: bool = False
+
+
+VARIANTS = {
+    "b-net": _Variant(attention=False),
+    "bw-net": _Variant(attention=False),
+    "aa": _Variant(),
+    "aa-gsh": _Variant(graph="shared", layers=1),
+    "aa-gsp": _Variant(graph="specific", layers=2),
+    "aa-gsp-tavg": _Variant(graph="specific", layers=2, temporal_average=True),
+    "aar": _Variant(graph="gru", layers=2),
+}
+
+
+@dataclass(frozen=True)
+class AARConfig:
+    """What AAR and its variants are built from.
+
+    Args:
+        variant: "aar" or a row of AAR Table VI, see `VARIANTS`.
+        aus: the action units, in the order of every output.
+        image_size: side l of a frame, a multiple of 16: l and l/2 are cut into 8×8 patches.
+        width: unit width c; region layers have 4c and 8c channels, AU branches and graph layers 12c.
+        embedding: ce of the graph layers.
+        branch_norm: batch normalisation in the AU branches.
+        branch_activation: after it.
+        attention_position: "before_norm" multiplies conv4's output by the attention map, then normalises and
+            activates (ARL's order); "after_activation" multiplies last.
+        last_norm: batch normalisation and activation after conv5 too.
+        graph_layers: None takes the variant's: 1 for "aa-gsh", 2 for "aa-gsp", "aa-gsp-tavg" and "aar".
+        graph_activation: between the spatial graph layers of "aa-gsh" and "aa-gsp"; eq. (11) has none.
+        graph_bias: bias pools in the graph layers.
+    """
+
+    variant: str = "aar"
+    aus: tuple[int, ...] = AU_SETS["bp4d"]
+    image_size: int = 176
+    width: int = 8
+    embedding: int = 8
+    branch_norm: bool = True
+    branch_activation: str = "relu"
+    attention_position: str = "before_norm"
+    last_norm: bool = False
+    graph_layers: int | None = None
+    graph_activation: str = "none"
+    graph_bias: bool = False
+
+    def __post_init__(self) -> None:
+        check = Checker(self)
+        check.choice("variant", VARIANTS)
+        check.aus()
+        check.image_size(16)
+        check.integers("width", "embedding")
+        check.flags("branch_norm", "last_norm", "graph_bias")
+        check.choice("branch_activation", ACTIVATIONS)
+        check.choice("attention_position", ("before_norm", "after_activation"))
+        check.choice("graph_activation", ACTIVATIONS)
+        if self.graph_layers is not None:
+            check.integers("graph_layers")
+
+
+class AAROutput(NamedTuple):
+    """What AAR returns for B clips of T frames and m AUs."""
+
+    probabilities: Tensor
+    """(B, T, m)."""
+    frame_probabilities: Tensor
+    """(B, T, m) from each frame alone."""
+    attention: Tensor | None
+    """(B, T, m, l/4, l/4) attention maps; None for "b-net" and "bw-net"."""
+    state: tuple[Tensor, ...] | None
+    """The last state (B, m, 12c) of each graph-GRU layer, to go on with; None where the variant has none."""
+    logits: Tensor
+    """(B, T, m); for "aa-gsp-tavg" those of each frame, whose probabilities are averaged afterwards."""
+    frame_logits: Tensor
+    """(B, T, m)."""
+
+
+def pooled_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """Global average of a zero-padded 3×3 convolution, without the convolution.
+
+    The mean over all output pixels is linear in the input: tap (i, j) of the filter sees the sum of the
+    input without its last row (i = 0) or its first (i = 2), and columns alike. So nine sums per channel are
+    enough.
+
+    Args:
+        x: (N, C_in, H, W).
+        conv: 3×3, stride 1, zero padding 1, any groups.
+
+    Returns:
+        (N, C_out), equal to `conv(x).mean((2, 3))`.
+    """
+    pixels = x.shape[2] * x.shape[3]
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    whole = x.sum(2)  # (N, C_in, W)
+    rows = torch.stack([whole - x[:, :, -1], whole, whole - x[:, :, 0]], dim=2)  # (N, C_in, 3, W)
+    whole = rows.sum(3)  # (N, C_in, 3)
+    taps = torch.stack([whole - rows[..., -1], whole, whole - rows[..., 0]], dim=3)  # (N, C_in, 3, 3)
+    taps = (taps / pixels).to(conv.weight.dtype)
+    return F.conv2d(taps, conv.weight, conv.bias, groups=conv.groups).flatten(1)  # (N, C_out)
+
+
+class AUBranches(nn.Module):
+    """One branch of five convolutions per AU, each with its attention map.
+
+    The m branches are groups of one convolution: output channels `j·12c … (j+1)·12c - 1` are those of AU j.
+    All read the same input, so the first convolution is one wide one.
+
+    Args:
+        config: of the model.
+    """
+
+    def __init__(self, config: AARConfig, factory: dict):
+        super().__init__()
+        m, width = len(config.aus), 12 * config.width
+        self.nodes = m
+        self.multiply_first = config.attention_position == "before_norm"
+        self.activation = ACTIVATIONS[config.branch_activation]
+
+        def norm(wanted: bool) -> nn.Module:
+            return nn.BatchNorm2d(m * width, **factory) if wanted else nn.Identity()
+
+        def grouped(channels: int) -> nn.Conv2d:
+            return nn.Conv2d(m * width, m * channels, 3, padding=1, groups=m, **factory)
+
+        self.conv1 = nn.Conv2d(8 * config.width, m * width, 3, padding=1, **factory)
+        self.bn1 = norm(config.branch_norm)
+        self.conv2, self.bn2 = grouped(width), norm(config.branch_norm)
+        self.conv3, self.bn3 = grouped(width), norm(config.branch_norm)
+        self.attention = grouped(1) if VARIANTS[config.variant].attention else None
+        self.conv4, self.bn4 = grouped(width), norm(config.branch_norm)
+        self.conv5 = grouped(width)
+        self.bn5 = norm(True) if config.last_norm else None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Map stem features to AU features.
+
+        Args:
+            x: (N, 8c, h, w).
+
+        Returns:
+            (N, m, 12c), and the attention maps (N, m, h, w) or None.
+        """
+        x = self.activation(self.bn1(self.conv1(x)))  # (N, m·12c, h, w)
+        x = self.activation(self.bn2(self.conv2(x)))
+        x = self.activation(self.bn3(self.conv3(x)))
+        attention = None if self.attention is None else self.attention(x).sigmoid()  # (N, m, h, w)
+        x = self.conv4(x)
+        if self.multiply_first:
+            x = self.activation(self.bn4(self._attend(x, attention)))
+        else:
+            x = self._attend(self.activation(self.bn4(x)), attention)
+        if self.bn5 is None:
+            features = pooled_conv(x, self.conv5)  # (N, m·12c)
+        else:
+            features = self.activation(self.bn5(self.conv5(x))).mean((2, 3))
+        return features.unflatten(1, (self.nodes, -1)), attention
+
+    def _attend(self, x: Tensor, attention: Tensor | None) -> Tensor:
+        if attention is None:
+            return x
+        maps = x.unflatten(1, (self.nodes, -1)) * attention.unsqueeze(2)  # (N, m, 12c, h, w)
+        return maps.flatten(1, 2)
+
+
+class FrameNetwork(nn.Module):
+    """The adaptive attention regression network: everything that looks at one frame.
+
+    Args:
+        config: of the model.
+
+    Source: AAR section III-B.
+    """
+
+    def __init__(self, config: AARConfig, factory: dict):
+        super().__init__()
+        c = config.width
+        self.region1 = RegionLayer(3, 4 * c, **factory)
+        self.region2 = RegionLayer(4 * c, 8 * c, **factory)
+        self.branches = AUBranches(config, factory)
+        self.head = NodeLinear(len(config.aus), 12 * c, **factory)
+
+    def forward(self, frames: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Look at frames one by one.
+
+        Args:
+            frames: (N, 3, l, l).
+
+        Returns:
+            AU features (N, m, 12c), attention maps (N, m, l/4, l/4) or None, and logits (N, m).
+        """
+        x = F.max_pool2d(self.region1(frames), 2)  # (N, 4c, l/2, l/2)
+        x = F.max_pool2d(self.region2(x), 2)  # (N, 8c, l/4, l/4)
+        features, attention = self.branches(x)
+        return features, attention, full_precision(self.head(features))
+
+
+class AAR(Pretrained):
+    """AAR or one of its variants.
+
+    `frame` is the network of the first training stage, `graph` and `head` those of the second.
+
+    Args:
+        config: None means `AARConfig()`, the model of the paper for BP4D.
+
+    Source: AAR section III.
+    """
+
+    config_class = AARConfig
+    variants = tuple(VARIANTS)
+
+    def __init__(
+        self,
+        config: AARConfig | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.config = config = AARConfig() if config is None else config
+        variant = VARIANTS[config.variant]
+        m, width = len(config.aus), 12 * config.width
+        self.frame = FrameNetwork(config, factory)
+        self.graph = nn.ModuleList()
+        self.head = None
+        if variant.graph != "none":
+            layers = variant.layers if config.graph_layers is None else config.graph_layers
+            options = {"embedding": config.embedding, "bias": config.graph_bias, **factory}
+            if variant.graph != "gru":
+                options["shared"] = variant.graph == "shared"
+            layer = GraphGRU if variant.graph == "gru" else GraphConv
+            self.graph.extend(layer(width, width, m, **options) for _ in range(layers))
+            self.head = NodeLinear(m, width, **factory)
+        self.graph_activation = ACTIVATIONS[config.graph_activation]
+
+    def forward(self, clips: Tensor, state: tuple[Tensor, ...] | None = None) -> AAROutput:
+        """Recognise action units in every frame of clips of any length.
+
+        In evaluation mode a clip may come in chunks, each with the `state` of the one before: the numbers are
+        those of the whole clip. Variants without graph-GRU ignore `state`.
+
+        Args:
+            clips: (B, T, 3, l, l), l being `config.image_size`, in the model's dtype.
+            state: of the chunk before; None at the start of a clip.
+
+        Returns:
+            Probabilities, attention maps, the state to go on with, and logits.
+
+        Raises:
+            TypeError, ValueError: an argument of wrong rank, size, dtype or device.
+        """
+        check_pictures(self, "clips", clips, "B, T")
+        shape = clips.shape[:2]
+        features, attention, frame_logits = self.frame(clips.flatten(0, 1))
+        features = features.unflatten(0, shape)  # (B, T, m, 12c)
+        frame_logits = frame_logits.unflatten(0, shape)  # (B, T, m)
+        attention = None if attention is None else attention.unflatten(0, shape)  # (B, T, m, l/4, l/4)
+
+        variant = VARIANTS[self.name]
+        logits, last = frame_logits, None
+        if variant.graph == "gru":
+            features, last = self._through_time(features, state)
+        elif variant.graph != "none":
+            features = self._through_space(features)
+        if self.head is not None:
+            logits = full_precision(self.head(features))  # (B, T, m)
+        probabilities = logits.sigmoid()
+        if variant.temporal_average:
+            probabilities = probabilities.mean(1, keepdim=True).expand_as(logits)
+        return AAROutput(probabilities, frame_logits.sigmoid(), attention, last, logits, frame_logits)
+
+    def _through_time(self, x: Tensor, state: tuple[Tensor, ...] | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        before = (None,) * len(self.graph) if state is None else self._check_state(x, state)
+        after = []
+        for layer, h0 in zip(self.graph, before, strict=True):
+            x, h = layer(x, h0)  # (B, T, m, 12c), (B, m, 12c)
+            after.append(h)
+        return x, tuple(after)
+
+    def _through_space(self, x: Tensor) -> Tensor:
+        for index, layer in enumerate(self.graph):
+            x = layer(x if index == 0 else self.graph_activation(x))  # (B, T, m, 12c)
+        return x
+
+    def _check_state(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        shape = (x.shape[0], *x.shape[2:])
+        if not isinstance(state, (tuple, list)) or len(state) != len(self.graph):
+            found = f"{len(state)}" if isinstance(state, (tuple, list)) else type(state).__name__
+            raise ValueError(
+                f"{self.name}: state must be {len(self.graph)} tensors, one a layer, got {found}"
+            )
+        for index, h in enumerate(state):
+            if not isinstance(h, Tensor) or h.shape != shape:
+                found = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
+                raise ValueError(f"{self.name}: state[{index}] must have shape {shape}, got {found}")
+        return tuple(state)
