@@ -449,17 +449,14 @@ class BuildKernels(setuptools.Command):
 class Wheel(bdist_wheel):
     """A wheel for any Python: the libraries hold no Python symbol."""
 
-    def finalize_options(self) -> None:
-        super().finalize_options()
-        self.root_is_pure = not any(library.sources for library in plan())
-
     def run(self) -> None:
         # Files of an earlier build that are gone from the sources would be packed too.
         shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
         super().run()
 
     def get_tag(self) -> tuple[str, str, str]:
-        return "py3", "none", super().get_tag()[2]
+        compiled = any(library.sources for library in plan())
+        return "py3", "none", super().get_tag()[2] if compiled else "any"
 
 
 class CompiledDistribution(Distribution):

@@ -1,0 +1,131 @@
+"""The wheel: any Python, everything inside, only symbols of PyTorch's stable C interface and the runtime."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import aufast
+from tests.packaging.conftest import ROOT, copy_tree, run
+
+# The stable interface has plain C names without a version; the runtime's names carry one.
+ALLOWED = re.compile(
+    r"(aoti_torch_\w+|torch_\w+)$"
+    r"|[\w.]+@(GLIBC|GLIBCXX|CXXABI|GCC)_[\d.]+$"
+    r"|(_ITM_(de)?registerTMCloneTable|__gmon_start__)$"
+)
+USE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch, aufast, aufast.kernels
+assert aufast.__file__.startswith(sys.argv[1]), aufast.__file__
+out = aufast.ops.roi_crop(torch.ones(1, 2, 8, 8), torch.tensor([[[1.0, 1.0, 7.0, 7.0]]]), (3, 3))
+assert torch.equal(out, torch.ones(1, 1, 2, 3, 3)), out
+print(aufast.backends()["cpu"])
+"""
+
+
+def symbols(library: Path, kind: str) -> list[str]:
+    done = subprocess.run(["nm", "-D", kind, str(library)], capture_output=True, text=True, check=True)
+    return [line.split()[-1] for line in done.stdout.splitlines()]
+
+
+def make_wheel(tree: Path, folder: Path, **variables: str) -> Path:
+    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-w", folder]
+    done = run(command, tree, **variables)
+    assert done.returncode == 0, done.stdout
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def use(wheel: Path, folder: Path) -> str:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    done = run([sys.executable, "-c", USE, folder], folder.parent)
+    assert done.returncode == 0, done.stdout
+    return done.stdout.strip().splitlines()[-1]
+
+
+def test_the_installed_library_imports_only_allowed_symbols() -> None:
+    library = Path(aufast.__file__).with_name("_cpu.so")
+    if not library.exists():
+        pytest.skip("the compiled part is not built here")
+    assert [name for name in symbols(library, "--undefined-only") if not ALLOWED.match(name)] == []
+    assert symbols(library, "--defined-only") == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["PyObject_Call", "_ZN2at4_ops3add4callERKNS_6TensorE", "_ZN3c106detail14torchCheckFailE", "cblas_sgemm"],
+)
+def test_the_allow_list_refuses(name: str) -> None:
+    assert not ALLOWED.match(name)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    return make_wheel(copy_tree(folder / "source"), folder / "dist")
+
+
+@pytest.mark.slow
+def test_wheel_is_for_any_python(wheel: Path) -> None:
+    assert re.fullmatch(r"aufast-[\d.]+-py3-none-(linux|manylinux)\w+\.whl", wheel.name)
+
+
+@pytest.mark.slow
+def test_wheel_holds_every_module_and_library(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        facts = json.loads(archive.read("aufast/_build.json"))
+        archive.extract("aufast/_cpu.so", tmp_path)
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "aufast").rglob("*.py")}
+    modules |= {f"aufast/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
+    assert modules <= names
+    assert {name for name in names if name.endswith(".so")} == {"aufast/_cpu.so"} | (
+        {"aufast/_cuda.so"} if facts["cuda"]["built"] else set()
+    )
+    assert "aufast/py.typed" in names and any(name.endswith("licenses/LICENSE") for name in names)
+    assert not any(name.startswith(("tests/", "kernels/", "csrc/", "benchmarks/")) for name in names)
+    assert facts["cpu"]["built"] is True
+    assert [
+        name for name in symbols(tmp_path / "aufast/_cpu.so", "--undefined-only") if not ALLOWED.match(name)
+    ] == []
+
+
+@pytest.mark.slow
+def test_wheel_works(wheel: Path, tmp_path: Path) -> None:
+    assert use(wheel, tmp_path / "unpacked").startswith("ready: ")
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({"AUFAST_SKIP_EXT": "1"}, "AUFAST_SKIP_EXT is set"),
+        ({"CXX": "/nonexistent"}, "no C++ compiler was found (tried /nonexistent)"),
+    ],
+    ids=["skip", "no-compiler"],
+)
+def test_without_a_compiled_part_it_installs_and_works(
+    full_tree: Path, tmp_path: Path, variables: dict[str, str], reason: str
+) -> None:
+    wheel = make_wheel(full_tree, tmp_path / "dist", **variables)
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert use(wheel, tmp_path / "unpacked").startswith(f"off: not built: {reason}")
+
+
+def test_sdist_holds_all_that_a_build_needs(full_tree: Path) -> None:
+    done = run([sys.executable, "setup.py", "-q", "sdist", "--formats=zip"], full_tree)
+    assert done.returncode == 0, done.stdout
+    (sdist,) = (full_tree / "dist").glob("*.zip")
+    with zipfile.ZipFile(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.namelist()}
+    needed = {"setup.py", "pyproject.toml", "LICENSE", "README.md"}
+    needed |= {str(path.relative_to(full_tree)) for path in (full_tree / "csrc").rglob("*") if path.is_file()}
+    assert needed <= names
