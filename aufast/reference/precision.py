@@ -17,7 +17,8 @@ def outside_autocast(definition: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(definition)
     def outside(*args: P.args, **kwargs: P.kwargs) -> R:
-        device = args[0].device.type
+        values = (*args, *kwargs.values())
+        device = next(value.device.type for value in values if isinstance(value, torch.Tensor))
         if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
             return definition(*args, **kwargs)
         with torch.autocast(device, enabled=False):
