@@ -1,8 +1,8 @@
 """Action units: their names, the set each dataset is trained on, and how often each occurs.
 
-Names follow the Facial Action Coding System (Ekman, Friesen and Hager, 2002). Sets and occurrence rates are those
-of AAR (IEEE Trans. Image Processing, 2023), section IV-A and Table I; the rates are taken over each dataset's
-training frames.
+Names follow the Facial Action Coding System (Ekman, Friesen and Hager, 2002). Sets and occurrence rates are
+those of AAR (IEEE Trans. Image Processing, 2023), section IV-A and Table I; the rates are taken over each
+dataset's training frames.
 """
 
 from __future__ import annotations

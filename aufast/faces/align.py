@@ -125,7 +125,7 @@ def _warp(image: np.ndarray, matrix: np.ndarray, size: int) -> np.ndarray:
     inverse = np.linalg.inv(matrix[:, :2])
     v, u = np.indices((size, size), dtype=np.float64)  # rows, columns
     grid = np.stack([u, v], axis=-1) - matrix[:, 2]  # (size, size, 2)
-    # One pixel beyond an edge both neighbours are border: nothing changes further out, and indices stay small.
+    # One pixel beyond an edge both neighbours are border, so clipping there changes nothing but the indices.
     x, y = np.moveaxis(np.clip(grid @ inverse.T, -1, [width, height]), -1, 0)
     column, row = np.floor(x).astype(np.intp), np.floor(y).astype(np.intp)
     # Weights of the far neighbours.

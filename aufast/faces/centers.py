@@ -95,8 +95,8 @@ def attention_targets(
     """Predefined attention maps: the larger of two Gaussians, one per centre (AAR eq. (1), (2)).
 
     A cell of the map covers image_size/size pixels, so position x of the image is position
-    (x + 1/2)·size/image_size - 1/2 of the map, not rounded to a cell. This keeps the map of a mirrored face the
-    mirror image of the face's map.
+    (x + 1/2)·size/image_size - 1/2 of the map, not rounded to a cell. This keeps the map of a mirrored face
+    the mirror image of the face's map.
 
     Args:
         centers: array or tensor (..., 2, m, 2), (x, y) in pixels of the image the network sees.

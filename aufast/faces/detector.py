@@ -58,8 +58,8 @@ class Landmarker:
     Args:
         path: the model file; without it, the environment variable AUFAST_LANDMARKS, then the package
             face-recognition-models, then Debian's libdlib-data. Another file than the known one is used, with
-            a warning, only when it is named by `path` or AUFAST_LANDMARKS. The known file excludes commercial use
-            (it was trained on the 300-W data), which is said on standard error once per process.
+            a warning, only when it is named by `path` or AUFAST_LANDMARKS. The known file excludes commercial
+            use (it was trained on the 300-W data), which is said on standard error once per process.
 
     Raises:
         ImportError: dlib is not installed.
@@ -126,18 +126,28 @@ class FaceDetector:
     Args:
         upsample: times the image is doubled before the search. The detector sees faces from about 80 pixels
             on, with one doubling from 40, at four times the cost.
+        threshold: the lowest score that counts as a face. dlib's own is 0, where textures pass that can be
+            larger than the face beside them.
         landmarks_path: the landmark model, found as in `Landmarker`.
 
     Raises:
         ImportError, FileNotFoundError: as `Landmarker`.
-        ValueError: as `Landmarker`, or an `upsample` that is not 0, 1, 2, ...
+        ValueError: as `Landmarker`, an `upsample` that is not 0, 1, 2, ..., or a `threshold` not finite.
     """
 
-    def __init__(self, upsample: int = 0, landmarks_path: str | os.PathLike | None = None) -> None:
-        if upsample != int(upsample) or upsample < 0:
+    def __init__(
+        self,
+        upsample: int = 0,
+        threshold: float = 0.2,
+        landmarks_path: str | os.PathLike | None = None,
+    ) -> None:
+        if upsample < 0 or not float(upsample).is_integer():
             raise ValueError(f"upsample must be 0 or a positive whole number, got {upsample}")
-        self.landmarker = Landmarker(landmarks_path)
+        if not math.isfinite(threshold):
+            raise ValueError(f"threshold must be a finite number, got {threshold}")
         self.upsample = int(upsample)
+        self.threshold = float(threshold)
+        self.landmarker = Landmarker(landmarks_path)
         self._detector = _import_dlib().get_frontal_face_detector()
 
     def detect(self, image: np.ndarray) -> list[Face]:
@@ -155,7 +165,7 @@ class FaceDetector:
             ValueError: another shape.
         """
         image = check_image(image)
-        rectangles, scores, _ = self._detector.run(image, self.upsample)
+        rectangles, scores, _ = self._detector.run(image, self.upsample, self.threshold)
         faces = []
         for rectangle, score in zip(rectangles, scores, strict=True):
             box = (rectangle.left(), rectangle.top(), rectangle.right() + 1, rectangle.bottom() + 1)
