@@ -126,9 +126,9 @@ class FaceDetector:
     Args:
         upsample: times the image is doubled before the search. The detector sees faces from about 80 pixels
             on, with one doubling from 40, at four times the cost.
+        landmarks_path: the landmark model, found as in `Landmarker`.
         threshold: the lowest score that counts as a face. dlib's own is 0, where textures pass that can be
             larger than the face beside them.
-        landmarks_path: the landmark model, found as in `Landmarker`.
 
     Raises:
         ImportError, FileNotFoundError: as `Landmarker`.
@@ -138,8 +138,8 @@ class FaceDetector:
     def __init__(
         self,
         upsample: int = 0,
-        threshold: float = 0.2,
         landmarks_path: str | os.PathLike | None = None,
+        threshold: float = 0.2,
     ) -> None:
         if upsample < 0 or not float(upsample).is_integer():
             raise ValueError(f"upsample must be 0 or a positive whole number, got {upsample}")
