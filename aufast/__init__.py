@@ -1,8 +1,8 @@
 """aufast: fused operators for facial action unit recognition and adaptive-graph recurrent networks."""
 
-from aufast import ops
+from aufast import models, nn, ops
 from aufast.ops.backends import backends, use_backend
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "backends", "ops", "use_backend"]
+__all__ = ["__version__", "backends", "models", "nn", "ops", "use_backend"]

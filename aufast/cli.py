@@ -32,12 +32,20 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="run both models on a photograph and draw what they see")
-    demo.add_argument("images", nargs="*", metavar="IMAGE", help="photographs; without one, scikit-image's astronaut")
-    demo.add_argument("--weights", metavar="DIR", help="a folder saved by save_pretrained, or one holding `margl` and `aar`")
-    demo.add_argument("--out", metavar="DIR", default="demo", help="where the pictures go (default: %(default)s)")
+    demo.add_argument(
+        "images", nargs="*", metavar="IMAGE", help="photographs; without one, scikit-image's astronaut"
+    )
+    demo.add_argument(
+        "--weights", metavar="DIR", help="a folder saved by save_pretrained, or one holding `margl` and `aar`"
+    )
+    demo.add_argument(
+        "--out", metavar="DIR", default="demo", help="where the pictures go (default: %(default)s)"
+    )
     demo.set_defaults(run=_demo)
 
-    state = commands.add_parser("backends", help="say who can compute the operators here, and why others cannot")
+    state = commands.add_parser(
+        "backends", help="say who can compute the operators here, and why others cannot"
+    )
     state.set_defaults(run=_backends)
     return parser
 

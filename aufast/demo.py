@@ -21,10 +21,9 @@ from aufast.faces import (
     attention_targets,
     au_centers,
     crop_face,
-    largest_face,
     load_image,
 )
-from aufast.models import create_model, load_model
+from aufast.models import AAR, create_model, load_model
 from aufast.models.inputs import to_input
 from aufast.reference.graph_conv import global_adjacency
 
@@ -52,7 +51,7 @@ def run_demo(images: Sequence[str], *, weights: str | None = None, out: str = "d
         try:
             image = load_image(image) if isinstance(image, str) else image
             with _progress(f"{name}: finding the face"):
-                face = largest_face(image, detector, name=name)
+                face = detector.detect_one(image, name)
         except (ValueError, OSError) as error:
             print(f"aufast demo: {error}", file=sys.stderr)
             failed += 1
@@ -85,12 +84,14 @@ def _load_models(weights: str | None) -> dict[str, nn.Module]:
         for folder in folders:
             if folder.is_dir():
                 model = load_model(folder)
-                models["aar" if hasattr(model, "attention_size") else "margl"] = model
+                models["aar" if isinstance(model, AAR) else "margl"] = model
         if not models:
             raise ValueError(f"--weights: no saved model in {root} or its folders {' and '.join(_MODELS)}")
     for name in _MODELS:
         if name not in models:
-            print(f"{name}: UNTRAINED weights. Its probabilities mean nothing; give --weights DIR for a trained model.")
+            print(
+                f"{name}: UNTRAINED weights. Its probabilities mean nothing; give --weights DIR for a trained model."
+            )
             torch.manual_seed(0)
             models[name] = create_model(name).eval()
     return models
@@ -141,7 +142,6 @@ def _draw(
         size=frames.attention.shape[-1],
         image_size=aar.config.image_size,
     )
-    layer = aar.graph_layers[0]
     figures = {
         "centers": plot.plot_centers(small.image, small.landmarks, centers, margl.config.aus),
         "rois": plot.plot_rois(
@@ -151,10 +151,12 @@ def _draw(
             margl.level_sizes,
             margl.config.aus,
         ),
-        "attention": plot.plot_attention(clip.image, targets.numpy(), frames.attention[0, 0].numpy(), aar.config.aus),
+        "attention": plot.plot_attention(
+            clip.image, targets.numpy(), frames.attention[0, 0].numpy(), aar.config.aus
+        ),
         "graph": plot.plot_graphs(
             {
-                "AAR: learned, N(ReLU(UUᵀ)) of the first graph-GRU": global_adjacency(layer.U).numpy(),
+                "AAR: N(ReLU(UUᵀ)) of the first graph-GRU": global_adjacency(aar.graph[0].U).numpy(),
                 "MARGL: relations A0": margl.adjacency.numpy(),
             },
             aar.config.aus,

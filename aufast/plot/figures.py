@@ -79,21 +79,38 @@ def plot_rois(
         for column, au in enumerate(aus):
             panel = axes[row, column]
             _show(panel, image, f"AU{au}" if row == 0 else "")
-            for boxes, color in ((before, _INITIAL), (after, _ADAPTED)):
+            # Dashes keep the initial box in sight where the adapted one still lies on it.
+            for boxes, color, line in ((before, _INITIAL, "-"), (after, _ADAPTED, (0, (3, 3)))):
                 for x1, y1, x2, y2 in np.asarray(boxes)[[column, column + len(aus)]] * scale - 0.5:
                     panel.add_patch(
-                        Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=1.2)
+                        Rectangle(
+                            (x1, y1),
+                            x2 - x1,
+                            y2 - y1,
+                            fill=False,
+                            edgecolor=color,
+                            linestyle=line,
+                            linewidth=1.2,
+                        )
                     )
             panel.set_xlim(-0.5, image.shape[1] - 0.5)
             panel.set_ylim(image.shape[0] - 0.5, -0.5)
         axes[row, 0].text(
-            -0.06, 0.5, f"{size}×{size}", transform=axes[row, 0].transAxes, rotation=90, va="center", ha="right"
+            -0.06,
+            0.5,
+            f"{size}×{size}",
+            transform=axes[row, 0].transAxes,
+            rotation=90,
+            va="center",
+            ha="right",
         )
-    figure.suptitle("regions of interest: initial (blue) and adapted (red)", fontsize=10)
+    figure.suptitle("regions of interest: initial (blue) and adapted (red, dashed)", fontsize=10)
     return figure
 
 
-def plot_attention(image: np.ndarray, predefined: np.ndarray, learned: np.ndarray, aus: Sequence[int]) -> Figure:
+def plot_attention(
+    image: np.ndarray, predefined: np.ndarray, learned: np.ndarray, aus: Sequence[int]
+) -> Figure:
     """AAR's attention maps over the face: predefined above, learned below, and all AUs combined in the last column.
 
     Args:
