@@ -113,7 +113,7 @@ def test_two_builds_at_once_both_succeed(small_tree: Path) -> None:
 
 
 def test_cuda_sources_say_why_they_were_left_out(small_tree: Path) -> None:
-    (small_tree / "csrc/cuda").mkdir()
+    (small_tree / "csrc/cpu").rename(small_tree / "csrc/cuda")  # its .cpp files are no CUDA sources
     (small_tree / "csrc/cuda/fill.cu").write_text("__global__ void fill(float* x) { x[threadIdx.x] = 1; }\n")
     assert "cuda not built: AUFAST_SKIP_CUDA is set" in build(small_tree, AUFAST_SKIP_CUDA="1").stdout
     missing = build(small_tree, FORCE_CUDA="1", CUDA_HOME="/nonexistent").stdout
@@ -122,7 +122,7 @@ def test_cuda_sources_say_why_they_were_left_out(small_tree: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on PATH")
 def test_force_cuda_compiles_for_the_listed_architectures(small_tree: Path) -> None:
-    (small_tree / "csrc/cuda").mkdir()
+    (small_tree / "csrc/cpu").rename(small_tree / "csrc/cuda")  # its .cpp files are no CUDA sources
     (small_tree / "csrc/cuda/fill.cu").write_text("__global__ void fill(float* x) { x[threadIdx.x] = 1; }\n")
     done = build(small_tree, FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0a;8.0+PTX")
     assert done.returncode == 0, done.stdout

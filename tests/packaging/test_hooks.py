@@ -61,3 +61,14 @@ def test_torch_below_the_floor_does_not_count(
 
 def test_without_a_compiled_part_no_torch_is_required(bare_python) -> None:
     assert answer(bare_python(ASK, AUFAST_SKIP_EXT="1").stdout)[0] == []
+
+
+@pytest.mark.parametrize(
+    ("line", "cuda"), [("cuda: str | None = '13.0'", "13.0"), ("cuda: str | None = None", None)]
+)
+def test_torchs_cuda_is_read_from_its_files(bare_python, tmp_path: Path, line: str, cuda: str | None) -> None:
+    folder = tmp_path / "site"
+    (folder / "torch").mkdir(parents=True)
+    (folder / "torch/version.py").write_text(f"__version__ = '2.13.0'\n{line}\nhip: str | None = '6'\n")
+    found = bare_python("import setup; print(setup.find_torch())", folder)
+    assert found.stdout.strip().endswith(f"version='2.13.0', cuda={cuda!r})"), found.stdout
