@@ -1,0 +1,134 @@
+// What graph_conv.cpp and graph_gru.cpp share on the side of tensors: the door through which tensors become padded arrays, the
+// workspace, and the structures that the kernels (graph_kernels.h) read.
+#pragma once
+
+#include <sched.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "isa.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Channels are padded to whole 64-byte vectors at every instruction-set level, so that no kernel has a tail.
+template <class T>
+constexpr int64_t padded(int64_t n) {
+  constexpr int64_t granule = 64 / sizeof(T);
+  return (n + granule - 1) / granule * granule;
+}
+
+// A member's place in a crew (crew.h); alone on its cache lines.
+struct alignas(128) CrewSeat {
+  uint64_t word;
+  int arrived;
+};
+
+// Hands out 64-byte aligned pieces of one allocation. A first pass without memory only counts.
+struct Arena {
+  char* base = nullptr;
+  int64_t used = 0;
+
+  template <class T>
+  T* take(int64_t count) {
+    char* piece = base == nullptr ? nullptr : base + used;
+    used += (count * static_cast<int64_t>(sizeof(T)) + 127) / 128 * 128;
+    return reinterpret_cast<T*>(piece);
+  }
+};
+
+// The graph of U: similarity R = ReLU(U Uᵀ), adjacency N(R) or softmax(R), and the supports S_0 … S_{K-1}, rows padded.
+template <class T>
+struct Graph {
+  int64_t nodes, embeddings, order;
+  bool softmax;
+  int64_t row;  // padded(nodes)
+  const T* U;
+  T* transposed_U = nullptr;     // (ce, row)
+  T* similarity = nullptr;       // (m, row)
+  T* adjacency = nullptr;        // (m, row)
+  T* row_sums = nullptr;         // (m)
+  T* supports = nullptr;         // (K, m, row)
+  T* grad_supports = nullptr;    // (K, m, row), backward only, zeroed
+  T* grad_similarity = nullptr;  // (m, row), backward only
+  T* padded_U = nullptr;         // (m, padded(ce)), backward only
+  T* grad_U = nullptr;           // (m, padded(ce)), a result, null where it is not wanted
+
+  int64_t matrix() const { return nodes * row; }
+
+  void plan(Arena& arena, bool backward) {
+    transposed_U = arena.take<T>(embeddings * row);
+    similarity = arena.take<T>(matrix());
+    adjacency = arena.take<T>(matrix());
+    row_sums = arena.take<T>(nodes);
+    supports = arena.take<T>(order * matrix());
+    if (!backward) return;
+    grad_supports = arena.take<T>(order * matrix());
+    grad_similarity = arena.take<T>(matrix());
+    padded_U = arena.take<T>(nodes * padded<T>(embeddings));
+  }
+};
+
+constexpr int64_t kMostNodes = 8;    // nodes that are mixed together: one register tile of rows
+constexpr int64_t kPoolRows = 32;    // pool rows in one work item: a few hundred kilobytes of weights
+constexpr int64_t kTransposed = 16;  // columns transposed together: a row's cache line
+
+// A pool of weights (ce, rows, columns) whose node matrices Θ_i = Σ_e Q_ie W_e lie at `theta` inside each node's block.
+template <class T>
+struct Pool {
+  const T* weights;
+  T* grad;
+  int64_t rows;
+  int64_t theta;
+};
+
+// All node matrices of an operator. Without Q one matrix serves all nodes: one embedding, whose coordinate is 1 everywhere.
+template <class T>
+struct Thetas {
+  int64_t nodes, distinct;  // distinct: node matrices that differ, m or 1
+  int64_t embeddings, columns;  // columns padded, the same for all pools
+  const T* Q;
+  int pools;
+  Pool<T> pool[6];
+  int64_t block;  // elements of a node's block
+  T* theta;       // (distinct, block)
+  T* grad_theta;  // (m, block), backward only
+  T* partial_Q;   // (pool blocks, m, ce), backward only
+  T* grad_Q;      // (m, ce), null where it is not wanted
+
+  int64_t stride() const { return distinct == 1 ? 0 : block; }
+  int64_t blocks() const {
+    int64_t count = 0;
+    for (int k = 0; k < pools; ++k) count += (pool[k].rows + kPoolRows - 1) / kPoolRows;
+    return count;
+  }
+};
+
+// A pool's matrices transposed: from weights (ce, segments, rows, columns) to Θᵀ_i (segments, live columns, rows). Rows come in
+// two runs, each padded: `first` of them (the state), then `second` (the input). `live` columns are no padding.
+template <class T>
+struct TransposedPool {
+  const T* weights;
+  int64_t segments, first, second, columns, live;
+  int64_t theta;  // offset in a node's block
+  int64_t block;  // elements of a node's block
+
+  int64_t row() const { return padded<T>(first) + padded<T>(second); }
+  int64_t size() const { return segments * live * row(); }
+  int64_t blocks() const { return segments * ((live + kTransposed - 1) / kTransposed); }
+};
+
+}  // namespace

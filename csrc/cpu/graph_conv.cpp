@@ -1,0 +1,183 @@
+// AU-specific graph convolution on the CPU: out_i = Σ_s (S_s x)_i Θ_{s,i} + Q_i·bias, and its gradients.
+//
+// Supports and node matrices are made once. Then a work item is a group of nodes and a block of frames: it mixes the group's
+// nodes for the block (one register tile of rows per frame), and multiplies each node's mixed rows by the node's matrix while
+// both lie in cache. Few frames are split by nodes, so that each thread touches only its own nodes' matrices; many are split by
+// frames. The backward makes each node's weight gradient by its owner alone, over frames in order, so nothing is atomic and
+// the result does not depend on the number of threads. docs/operators/graph_conv.md derives it.
+
+#include "graph_common.h"
+#include "graph_door.h"
+
+namespace {
+
+constexpr int64_t kFewFrames = 96;       // up to here one block: split by nodes
+constexpr int64_t kForwardFrames = 48;   // frames of a forward item
+constexpr int64_t kBackwardFrames = 192;  // frames between two rendezvous of the backward
+
+template <class T>
+struct ConvCall {
+  Graph<T> graph;
+  Thetas<T> thetas;
+  TransposedPool<T> transposed;
+  int64_t frames, frame_block;
+  int64_t inputs, live_inputs, outputs, live_outputs;  // padded, and without padding
+  const T *x, *grad;
+  T *out, *grad_x;
+  bool want_theta, want_graph;
+  T *zeros, *one, *gamma, *scratch;
+  int64_t scratch_size;  // of one member
+  CrewSeat* seats;
+  int64_t* finished;
+  int members;
+
+  int64_t frame_blocks() const { return (frames + frame_block - 1) / frame_block; }
+  int64_t frames_from(int64_t begin) const { return frames - begin < frame_block ? frames - begin : frame_block; }
+};
+
+}  // namespace
+
+#define AUFAST_KERNELS "graph_conv.inc"
+#include "foreach_isa.h"
+
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+enum ConvGradient { kGradX, kGradU, kGradQ, kGradW, kGradBias };
+
+// What forward and backward have in common: sizes, the graph and the pools.
+template <class T>
+ConvCall<T> describe(Door<T>& door, const Tensor& x, const Tensor& U, const OptionalTensor& Q, const Tensor& W,
+                     const OptionalTensor& bias, bool softmax) {
+  ConvCall<T> c{};
+  const int64_t m = U.size(0), cin = x.size(x.dim() - 1), cout = W.size(W.dim() - 1);
+  const int64_t order = softmax ? W.size(W.dim() - 3) : 1;
+  c.members = static_cast<int>(std::min<int64_t>(torch::stable::get_num_threads(), std::max<int64_t>(m, 1)));
+  c.live_inputs = cin, c.inputs = padded<T>(cin);
+  c.live_outputs = cout, c.outputs = padded<T>(cout);
+  c.frames = 1;
+  for (int64_t d = 0; d < x.dim() - 2; ++d) c.frames *= x.size(d);
+  c.x = door.in(x, cin);
+  c.graph = {m, U.size(1), order, softmax, padded<T>(m), door.plain(U)};
+  Thetas<T>& t = c.thetas;
+  t.nodes = m, t.distinct = Q.has_value() ? m : std::min<int64_t>(m, 1), t.columns = c.outputs;
+  t.embeddings = Q.has_value() ? Q->size(1) : 1;
+  t.Q = Q.has_value() ? door.plain(*Q) : nullptr;
+  t.pools = bias.has_value() ? 2 : 1;
+  t.pool[0] = {door.in(W, cout), nullptr, order * cin, 0};
+  t.block = order * cin * c.outputs;
+  if (bias.has_value()) {
+    t.pool[1] = {door.in(*bias, cout), nullptr, 1, t.block};
+    t.block += c.outputs;
+  }
+  return c;
+}
+
+template <class T>
+void plan_common(ConvCall<T>& c, Arena& arena, bool backward) {
+  c.seats = arena.take<CrewSeat>(c.members);
+  c.finished = arena.take<int64_t>(1);
+  c.zeros = arena.take<T>(std::max({kPoolRows * c.outputs, kTransposed * c.inputs, c.graph.row}));
+  c.one = arena.take<T>(c.graph.nodes + 1);
+  c.graph.plan(arena, backward);
+  c.scratch = arena.take<T>(c.members * c.scratch_size);
+}
+
+// Everything the kernels expect to find set before the crew starts.
+template <class T>
+void prepare(ConvCall<T>& c, bool backward) {
+  std::memset(c.seats, 0, c.members * sizeof(CrewSeat));
+  *c.finished = 0;
+  std::memset(c.zeros, 0, reinterpret_cast<char*>(c.one) - reinterpret_cast<char*>(c.zeros));
+  std::fill(c.one, c.one + c.graph.nodes + 1, T(1));
+  if (c.thetas.Q == nullptr) c.thetas.Q = c.one;
+  if (backward) std::memset(c.graph.grad_supports, 0, c.graph.order * c.graph.matrix() * sizeof(T));
+}
+
+template <class T>
+Tensor forward_as(const Tensor& x, const Tensor& U, const OptionalTensor& Q, const Tensor& W, const OptionalTensor& bias,
+                  bool softmax) {
+  Door<T> door;
+  ConvCall<T> c = describe<T>(door, x, U, Q, W, bias, softmax);
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = c.live_outputs;
+  Tensor out = torch::stable::empty(sizes, x.scalar_type());
+  if (out.numel() == 0) return out;
+  c.out = door.out(out, c.live_outputs);
+  c.frame_block = c.frames <= kFewFrames ? c.frames : kForwardFrames;
+  c.scratch_size = c.graph.order * std::min(kMostNodes, c.graph.nodes) * c.frame_block * c.inputs;
+  door.workspace([&](Arena& arena) {
+    plan_common(c, arena, false);
+    c.thetas.theta = arena.take<T>(c.thetas.distinct * c.thetas.block);
+  });
+  prepare(c, false);
+  const auto kernel = AUFAST_PICK(conv_forward<T>);
+  run_crew(c.members, [&](int me) { kernel(c, me); });
+  door.finish();
+  return out;
+}
+
+template <class T>
+std::vector<Tensor> backward_as(const Tensor& grad, const Tensor& x, const Tensor& U, const OptionalTensor& Q,
+                                const Tensor& W, const OptionalTensor& bias, bool softmax, int64_t needs) {
+  Door<T> door;
+  ConvCall<T> c = describe<T>(door, x, U, Q, W, bias, softmax);
+  const OptionalTensor inputs[] = {x, U, Q, W, bias};
+  std::vector<Tensor> results;
+  T* room[5] = {};
+  const int64_t last[] = {c.live_inputs, U.size(1), 0, c.live_outputs, c.live_outputs};
+  for (int k = 0; k < 5; ++k) {
+    const bool wanted = (needs >> k & 1) && inputs[k].has_value();
+    results.push_back(wanted ? torch::stable::empty(inputs[k]->sizes(), x.scalar_type())
+                             : torch::stable::empty({0}, x.scalar_type()));
+    if (wanted) room[k] = k == kGradQ ? door.out_plain(results[k]) : door.out(results[k], last[k]);
+  }
+  c.grad = door.in(grad, c.live_outputs);
+  c.grad_x = room[kGradX];
+  c.thetas.pool[0].grad = room[kGradW], c.thetas.pool[1].grad = room[kGradBias], c.thetas.grad_Q = room[kGradQ];
+  c.want_theta = room[kGradW] != nullptr || room[kGradBias] != nullptr || room[kGradQ] != nullptr;
+  c.graph.grad_U = room[kGradU];
+  c.want_graph = room[kGradU] != nullptr;
+  c.transposed = {c.thetas.pool[0].weights, c.graph.order, c.live_inputs, 0, c.outputs, c.live_outputs, 0, 0};
+  c.transposed.block = c.transposed.size();
+  c.frame_block = std::max<int64_t>(std::min(c.frames, kBackwardFrames), 1);
+  const int64_t m = c.graph.nodes, K = c.graph.order;
+  c.scratch_size = std::max(K * std::min(kMostNodes, m) * c.frame_block * c.inputs,
+                            c.thetas.embeddings * kTransposed * c.transposed.row());
+  door.workspace([&](Arena& arena) {
+    plan_common(c, arena, true);
+    c.thetas.theta = arena.take<T>(c.thetas.distinct * c.transposed.block);
+    c.gamma = arena.take<T>(K * c.frame_block * m * c.inputs);
+    c.thetas.grad_theta = arena.take<T>(m * c.thetas.block);
+    c.thetas.partial_Q = arena.take<T>(c.thetas.blocks() * m * c.thetas.embeddings);
+  });
+  prepare(c, true);
+  const auto kernel = AUFAST_PICK(conv_backward<T>);
+  run_crew(c.members, [&](int me) { kernel(c, me); });
+  door.finish();
+  return results;
+}
+
+Tensor graph_conv(const Tensor& x, const Tensor& U, const OptionalTensor& Q, const Tensor& W, const OptionalTensor& bias,
+                  int64_t normalization) {
+  if (x.scalar_type() == ScalarType::Double) return forward_as<double>(x, U, Q, W, bias, normalization == 1);
+  return forward_as<float>(x, U, Q, W, bias, normalization == 1);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> graph_conv_backward(const Tensor& grad, const Tensor& x,
+                                                                       const Tensor& U, const OptionalTensor& Q,
+                                                                       const Tensor& W, const OptionalTensor& bias,
+                                                                       int64_t normalization, int64_t needs) {
+  const bool softmax = normalization == 1;
+  const std::vector<Tensor> r = x.scalar_type() == ScalarType::Double
+                                    ? backward_as<double>(grad, x, U, Q, W, bias, softmax, needs)
+                                    : backward_as<float>(grad, x, U, Q, W, bias, softmax, needs);
+  return {r[0], r[1], r[2], r[3], r[4]};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(aufast, CPU, m) {
+  m.impl("graph_conv", TORCH_BOX(&graph_conv));
+  m.impl("graph_conv_backward", TORCH_BOX(&graph_conv_backward));
+}
