@@ -186,9 +186,10 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor
 def _backward(
     ctx: Any, grad_out: Tensor | None, grad_h_last: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    if not ctx.saved_tensors:
+    tensors = ctx.saved_tensors  # read once: activation checkpointing hands them out once
+    if not tensors:
         raise RuntimeError("aufast::graph_gru was called with save=False, so it has no gradient")
-    *inputs, lengths, out, saved = ctx.saved_tensors
+    *inputs, lengths, out, saved = tensors
     needs = needs_mask(ctx.needs_input_grad[:_GRADIENTS])
     if torch.is_grad_enabled():
         definition = _definition(lengths, ctx.normalization)

@@ -55,6 +55,8 @@ def roi_crop(
 def _check(features: Tensor, rois: Tensor, align_corners: bool) -> None:
     shapes = Shapes("roi_crop")
     shapes.bind("features", features, "B", "C", "H", "W")
+    if 0 in features.shape[-2:]:
+        raise ValueError(f"roi_crop: features must have at least one pixel, got {tuple(features.shape)}")
     if isinstance(rois, Tensor) and rois.dim() == 4:
         shapes.bind("rois", rois, "B", "R", 2, 3)
     else:
