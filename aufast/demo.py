@@ -90,7 +90,7 @@ def _load_models(weights: str | None) -> dict[str, nn.Module]:
     for name in _MODELS:
         if name not in models:
             print(
-                f"{name}: UNTRAINED weights. Its probabilities mean nothing; give --weights DIR for a trained model."
+                f"{name}: UNTRAINED weights, its probabilities mean nothing; --weights DIR runs a trained model"
             )
             torch.manual_seed(0)
             models[name] = create_model(name).eval()
@@ -170,11 +170,12 @@ def _draw(
 
 
 def compare_operators() -> None:
-    """Time each operator, fused against reference, at the papers' sizes on random numbers, and print the table."""
+    """Time each operator, fused against reference, at the papers' sizes on random numbers; print a table."""
     print(
         f"\nfused operators against the reference: float32, no gradients, {torch.get_num_threads()} threads,"
         " random input\n"
-        f"  {'operator':<12} {'size':<38} {'fused':>10} {'reference':>10} {'ratio':>7} {'largest relative error':>23}"
+        f"  {'operator':<12} {'size':<38} {'fused':>10} {'reference':>10} {'ratio':>7}"
+        f" {'largest relative error':>23}"
     )
     generator = torch.Generator().manual_seed(0)
 

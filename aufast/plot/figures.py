@@ -1,6 +1,6 @@
 """The pictures of both papers, for any face: AU centres, regions, attention maps and the AU graph.
 
-Every function takes arrays and returns a Matplotlib `Figure` to save or to embed; none of them opens a window.
+Every function takes arrays and returns a Matplotlib `Figure` to save or to embed; none opens a window.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def plot_rois(
     sizes: Sequence[int],
     aus: Sequence[int],
 ) -> Figure:
-    """MARGL's initial (blue) and adapted (red) regions, a row per level and a column per AU, as in its Fig. 1.
+    """MARGL's initial (blue) and adapted (red) regions, a row a level and a column an AU, as in its Fig. 1.
 
     Args:
         image: uint8 (H, W, 3), the model's input.
@@ -111,7 +111,7 @@ def plot_rois(
 def plot_attention(
     image: np.ndarray, predefined: np.ndarray, learned: np.ndarray, aus: Sequence[int]
 ) -> Figure:
-    """AAR's attention maps over the face: predefined above, learned below, and all AUs combined in the last column.
+    """AAR's attention maps over the face: predefined above, learned below, the last column all AUs.
 
     Args:
         image: uint8 (H, W, 3), the model's input.
