@@ -47,7 +47,14 @@ class Door {
     return in(torch::stable::reshape(tensor, {tensor.numel()}), tensor.numel());
   }
 
-  // Room for a result that `finish` brings back into `tensor`, which must be contiguous.
+  const int64_t* integers(const std::optional<Tensor>& tensor) {
+    if (!tensor.has_value()) return nullptr;
+    kept_.push_back(torch::stable::contiguous(*tensor));
+    return static_cast<const int64_t*>(kept_.back().data_ptr());
+  }
+
+  // Room for a result that `finish` brings back into `tensor`, which must be contiguous; its last dimension may be several times
+  // `columns`.
   T* out(const Tensor& tensor, int64_t columns) {
     if (native(tensor.scalar_type()) && columns == padded<T>(columns)) return static_cast<T*>(tensor.data_ptr());
     const int64_t rows = columns == 0 ? 0 : tensor.numel() / columns;

@@ -34,6 +34,23 @@ AUFAST_INLINE void mix(const T* S, int64_t s_row, bool transposed, Group group, 
                transposed ? s_row : 1, from, channels, 0, start, start_row, to, to_row});
 }
 
+// to_s[g] = Σ_j S_s(g, j) from[j] for a group and one frame. With softmax S_0 is the identity: a copy.
+template <class T>
+AUFAST_INLINE void mix_support(const Graph<T>& g, int64_t s, Group group, const T* from, int64_t channels, T* to,
+                               int64_t to_row, const T* zeros) {
+  if (!g.softmax || s > 0)
+    return mix<T>(g.supports + s * g.matrix(), g.row, false, group, g.nodes, from, channels, zeros, 0, to, to_row);
+  for (int64_t i = 0; i < group.size; ++i) copy_row(to + i * to_row, from + (group.begin + i) * channels, channels);
+}
+
+// The transposed mix of a group over all supports: to[g] = start + Σ_s Σ_i S_s(i, g) from_s[i].
+template <class T>
+AUFAST_INLINE void mix_back(const Graph<T>& g, Group group, const T* from, int64_t from_segment, int64_t channels,
+                            const T* start, int64_t start_row, T* to, int64_t to_row) {
+  multiply<T>({group.size, channels, g.nodes, g.order, g.supports + group.begin, g.matrix(), 1, g.row, from, channels,
+               from_segment, start, start_row, to, to_row});
+}
+
 // S_0 … S_{K-1} from U. Every phase's items are groups of rows.
 template <class T, class Team>
 void make_supports(const Graph<T>& g, Team& team, const Groups& groups, const T* zeros) {

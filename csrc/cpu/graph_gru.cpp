@@ -1,0 +1,235 @@
+// Graph-GRU over whole clips on the CPU, forward and backward: one call runs all steps.
+//
+// Supports and node matrices are made once. The input half of all gates is a product over all steps of a chunk, so that only the
+// state half is left for the recurrence: two phases a step, the reset state being exchanged between them. The work is cut in
+// one of two ways:
+// - by sequences, where there are enough of them: each thread runs its own, and never meets another;
+// - by nodes, for few sequences or matrices beyond one core's cache: each thread keeps its nodes' matrices, and a crew
+//   (crew.h) goes through the phases together.
+// The backward runs a chunk of steps in reverse the same way, keeping only the gates' gradients; then each node's weight
+// gradients are one product over the chunk's rows, made by one thread in a fixed order. Nothing is atomic, and the result does not
+// depend on the number of threads. docs/operators/graph_gru.md derives the backward.
+
+#include "graph_common.h"
+#include "graph_door.h"
+
+namespace {
+
+constexpr int64_t kForwardRows = 96;     // rows of an input-half product: sequences times steps of a chunk
+constexpr int64_t kBackwardRows = 192;   // rows of a weight-gradient product
+constexpr int64_t kMostSequences = 16;   // that a thread runs together
+constexpr int64_t kFewSequences = 4;     // per thread, below which threads share the nodes instead
+constexpr int64_t kCacheBytes = 3 << 19;  // of a core, for the state's half of the node matrices
+
+template <class T>
+struct GruCall {
+  Graph<T> graph;
+  Thetas<T> thetas;  // pools: W_z, W_r, W_h, then their biases if there are any
+  TransposedPool<T> transposed[3];
+  int64_t batch, steps, inputs, live_inputs, channels, live_channels;
+  int64_t chunk;  // steps
+  bool by_sequences;
+  int64_t tile;  // sequences that run together
+  const T *x, *h0;
+  const int64_t* lengths;
+  T *out, *h_last, *saved;
+  // Backward: results, and arrays over the rows of a chunk.
+  const T *grad_out, *grad_h_last;
+  T *grad_x, *grad_h;
+  bool want_theta, want_graph;
+  T *alpha;                       // (m, rows, 3 channels)
+  T *gamma_h, *gamma_r, *gamma_x;  // (K, rows, m, channels or inputs)
+  T *reset;                       // (rows, m, channels)
+  T *zeros, *one, *buffers, *scratch;
+  int64_t buffer_size, scratch_size;  // of one member
+  CrewSeat* seats;
+  int64_t* finished;
+  int members;
+
+  int64_t frame() const { return graph.nodes * channels; }
+  int64_t theta_rows() const { return live_channels + live_inputs; }
+  // A node's share of the gates. One vector more than it needs keeps the nodes off each other's cache sets.
+  int64_t gate_node(int64_t sequences) const { return sequences * chunk * 3 * channels + padded<T>(1); }
+};
+
+}  // namespace
+
+#define AUFAST_KERNELS "graph_gru.inc"
+#include "foreach_isa.h"
+
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+constexpr int kInputs = 10;
+enum GruInput { kX, kU, kQ, kWz, kWr, kWh, kH0, kBz, kBr, kBh };
+
+// x, U, Q, W_z, W_r, W_h, h0, b_z, b_r, b_h.
+struct GruTensors {
+  OptionalTensor input[kInputs], lengths;
+  bool softmax;
+
+  const Tensor& operator[](int k) const { return *input[k]; }
+  int64_t channels() const { return input[kWz]->size(input[kWz]->dim() - 1); }
+};
+
+template <class T>
+GruCall<T> describe(Door<T>& door, const GruTensors& a) {
+  GruCall<T> c{};
+  const Tensor& x = a[kX];
+  const int64_t m = x.size(2), cin = x.size(3), n = a.channels(), ce = a[kU].size(1);
+  const int64_t order = a.softmax ? a[kWz].size(1) : 1;
+  c.members = static_cast<int>(std::min<int64_t>(torch::stable::get_num_threads(), std::max<int64_t>(m, 1)));
+  c.batch = x.size(0), c.steps = x.size(1);
+  c.live_inputs = cin, c.inputs = padded<T>(cin);
+  c.live_channels = n, c.channels = padded<T>(n);
+  c.x = door.in(x, cin);
+  c.h0 = door.in(a.input[kH0], n);
+  c.lengths = door.integers(a.lengths);
+  c.graph = {m, ce, order, a.softmax, padded<T>(m), door.plain(a[kU])};
+  Thetas<T>& t = c.thetas;
+  t.nodes = t.distinct = m, t.embeddings = ce, t.columns = c.channels, t.Q = door.plain(a[kQ]);
+  t.pools = a.input[kBz].has_value() ? 6 : 3;
+  for (int k = 0; k < t.pools; ++k) {
+    const int64_t rows = k < 3 ? order * (n + cin) : 1;
+    t.pool[k] = {door.in(a[k < 3 ? kWz + k : kBz + k - 3], n), nullptr, rows, t.block};
+    t.block += rows * t.columns;
+  }
+  const int64_t state_half = m * order * n * 3 * c.channels * static_cast<int64_t>(sizeof(T));
+  c.by_sequences = c.members == 1 || (c.batch >= kFewSequences * c.members && state_half <= kCacheBytes);
+  const int64_t rounds = (c.batch + c.members * kMostSequences - 1) / (c.members * kMostSequences);
+  c.tile = c.by_sequences ? (c.batch + c.members * rounds - 1) / std::max<int64_t>(c.members * rounds, 1) : c.batch;
+  return c;
+}
+
+int64_t chunk_for(int64_t rows, int64_t sequences, int64_t steps) {
+  return std::max<int64_t>(std::min(rows / std::max<int64_t>(sequences, 1), steps), 1);
+}
+
+template <class T>
+void plan_common(GruCall<T>& c, Arena& arena, bool backward) {
+  c.seats = arena.take<CrewSeat>(c.members);
+  c.finished = arena.take<int64_t>(1);
+  c.zeros = arena.take<T>(std::max({kPoolRows * c.channels, kTransposed * (c.channels + c.inputs), c.graph.row,
+                                    c.frame(), c.inputs}));
+  c.one = arena.take<T>(1);
+  c.graph.plan(arena, backward);
+  c.scratch = arena.take<T>(c.members * c.scratch_size);
+}
+
+template <class T>
+void prepare(GruCall<T>& c) {
+  std::memset(c.seats, 0, c.members * sizeof(CrewSeat));
+  *c.finished = 0;
+  std::memset(c.zeros, 0, reinterpret_cast<char*>(c.one) - reinterpret_cast<char*>(c.zeros));
+  *c.one = T(1);
+  if (c.graph.grad_supports != nullptr)
+    std::memset(c.graph.grad_supports, 0, c.graph.order * c.graph.matrix() * sizeof(T));
+}
+
+template <class T>
+std::tuple<Tensor, Tensor, Tensor> forward_as(const GruTensors& a, bool save) {
+  Door<T> door;
+  GruCall<T> c = describe<T>(door, a);
+  const ScalarType dtype = a[kX].scalar_type();
+  const ScalarType state_dtype = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
+  const int64_t m = c.graph.nodes, n = c.live_channels;
+  Tensor out = torch::stable::empty({c.batch, c.steps, m, n}, dtype);
+  Tensor h_last = torch::stable::empty({c.batch, m, n}, state_dtype);
+  Tensor saved = save ? torch::stable::empty({c.batch, c.steps, m, 3 * n}, dtype) : torch::stable::empty({0}, dtype);
+  if (h_last.numel() == 0) return {out, h_last, saved};
+  c.out = door.out(out, n), c.h_last = door.out(h_last, n);
+  if (save) c.saved = door.out(saved, n);
+  c.chunk = chunk_for(kForwardRows, c.tile, c.steps);
+  const int64_t group = std::min(kMostNodes, m);
+  c.scratch_size = c.graph.order * group * c.tile * std::max(c.chunk * c.inputs, c.channels);
+  c.buffer_size = m * c.gate_node(c.tile) + c.tile * c.frame();
+  door.workspace([&](Arena& arena) {
+    plan_common(c, arena, false);
+    c.thetas.theta = arena.take<T>(m * c.thetas.block);
+    c.buffers = arena.take<T>((c.by_sequences ? c.members : 1) * c.buffer_size);
+  });
+  prepare(c);
+  const auto kernel = AUFAST_PICK(gru_forward<T>);
+  run_crew(c.members, [&](int me) { kernel(c, me); });
+  door.finish();
+  return {out, h_last, saved};
+}
+
+template <class T>
+std::vector<Tensor> backward_as(const Tensor& grad_out, const Tensor& grad_h_last, const GruTensors& a,
+                                const Tensor& out, const Tensor& saved, int64_t needs) {
+  Door<T> door;
+  GruCall<T> c = describe<T>(door, a);
+  const int64_t m = c.graph.nodes, n = c.live_channels, ce = c.graph.embeddings, K = c.graph.order;
+  const int64_t last[kInputs] = {c.live_inputs, ce, 0, n, n, n, n, n, n, n};
+  std::vector<Tensor> results;
+  T* room[kInputs] = {};
+  for (int k = 0; k < kInputs; ++k) {
+    const bool wanted = (needs >> k & 1) && a.input[k].has_value();
+    results.push_back(wanted ? torch::stable::empty(a[k].sizes(), a[k].scalar_type())
+                             : torch::stable::empty({0}, a[kX].scalar_type()));
+    if (wanted) room[k] = k == kQ ? door.out_plain(results[k]) : door.out(results[k], last[k]);
+  }
+  c.grad_out = door.in(grad_out, n), c.grad_h_last = door.in(grad_h_last, n);
+  c.out = const_cast<T*>(door.in(out, n)), c.saved = const_cast<T*>(door.in(saved, n));
+  c.grad_x = room[kX], c.graph.grad_U = room[kU], c.thetas.grad_Q = room[kQ];
+  for (int k = 0; k < c.thetas.pools; ++k) c.thetas.pool[k].grad = room[k < 3 ? kWz + k : kBz + k - 3];
+  c.want_graph = room[kU] != nullptr;
+  for (const int k : {kQ, kWz, kWr, kWh, kBz, kBr, kBh}) c.want_theta = c.want_theta || room[k] != nullptr;
+  for (int gate = 0; gate < 3; ++gate) {
+    TransposedPool<T>& pool = c.transposed[gate];
+    pool = {c.thetas.pool[gate].weights, K, n, c.live_inputs, c.channels, n, 0, 0};
+    pool.theta = gate * pool.size(), pool.block = 3 * pool.size();
+  }
+  c.chunk = chunk_for(kBackwardRows, c.batch, c.steps);
+  const int64_t rows = c.batch * c.chunk, group = std::min(kMostNodes, m);
+  c.scratch_size = std::max({K * group * rows * std::max(c.inputs, c.channels), group * c.channels,
+                             ce * kTransposed * c.transposed[0].row()});
+  door.workspace([&](Arena& arena) {
+    plan_common(c, arena, true);
+    c.thetas.theta = arena.take<T>(m * c.transposed[0].block);
+    c.thetas.grad_theta = arena.take<T>(m * c.thetas.block);
+    c.thetas.partial_Q = arena.take<T>(c.thetas.blocks() * m * ce);
+    c.alpha = arena.take<T>(m * c.gate_node(c.batch));
+    c.gamma_h = arena.take<T>(K * rows * c.frame());
+    c.gamma_r = arena.take<T>(K * rows * c.frame());
+    c.gamma_x = c.want_graph || c.grad_x != nullptr ? arena.take<T>(K * rows * m * c.inputs) : nullptr;
+    c.reset = arena.take<T>(rows * c.frame());
+    c.grad_h = room[kH0] != nullptr ? room[kH0] : arena.take<T>(c.batch * c.frame());
+  });
+  prepare(c);
+  const auto kernel = AUFAST_PICK(gru_backward<T>);
+  run_crew(c.members, [&](int me) { kernel(c, me); });
+  door.finish();
+  return results;
+}
+
+std::tuple<Tensor, Tensor, Tensor> graph_gru(const Tensor& x, const Tensor& U, const Tensor& Q, const Tensor& W_z,
+                                             const Tensor& W_r, const Tensor& W_h, const OptionalTensor& h0,
+                                             const OptionalTensor& b_z, const OptionalTensor& b_r,
+                                             const OptionalTensor& b_h, const OptionalTensor& lengths,
+                                             int64_t normalization, bool save) {
+  const GruTensors a = {{x, U, Q, W_z, W_r, W_h, h0, b_z, b_r, b_h}, lengths, normalization == 1};
+  return x.scalar_type() == ScalarType::Double ? forward_as<double>(a, save) : forward_as<float>(a, save);
+}
+
+using TenTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+TenTensors graph_gru_backward(const Tensor& grad_out, const Tensor& grad_h_last, const Tensor& x, const Tensor& U,
+                              const Tensor& Q, const Tensor& W_z, const Tensor& W_r, const Tensor& W_h,
+                              const OptionalTensor& h0, const OptionalTensor& b_z, const OptionalTensor& b_r,
+                              const OptionalTensor& b_h, const OptionalTensor& lengths, const Tensor& out,
+                              const Tensor& saved, int64_t normalization, int64_t needs) {
+  const GruTensors a = {{x, U, Q, W_z, W_r, W_h, h0, b_z, b_r, b_h}, lengths, normalization == 1};
+  const std::vector<Tensor> r = x.scalar_type() == ScalarType::Double
+                                    ? backward_as<double>(grad_out, grad_h_last, a, out, saved, needs)
+                                    : backward_as<float>(grad_out, grad_h_last, a, out, saved, needs);
+  return {r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8], r[9]};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(aufast, CPU, m) {
+  m.impl("graph_gru", TORCH_BOX(&graph_gru));
+  m.impl("graph_gru_backward", TORCH_BOX(&graph_gru_backward));
+}
