@@ -1,0 +1,53 @@
+"""How far a training step's memory rises above its inputs, measured on a fresh process's resident set."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.harness import THREADS, Run, work
+
+# Every larger block goes back to the system when it is freed, so that the resident set is what is in use.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4096", "MALLOC_TRIM_THRESHOLD_": "4096"}
+
+
+def peak_above_inputs(run: Run) -> int:
+    """Bytes of a forward + backward, its outputs and gradients included, beyond what the inputs take."""
+    command = [sys.executable, "-m", "benchmarks.memory", run.case.operator, str(run)]
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(command, cwd=root, env=os.environ | ALLOCATOR, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"measuring the memory of {run} failed:\n{done.stderr}")
+    return int(done.stdout)
+
+
+def resident(field: str) -> int:
+    """VmRSS (now) or VmHWM (its highest so far), in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def main(operator: str, name: str) -> None:
+    torch.set_num_threads(THREADS)
+    module = importlib.import_module(f"benchmarks.{operator}")
+    run = next(run for run in module.RUNS if str(run) == name)
+    call = work(run)
+    call()  # code, thread pools and the libraries' own workspaces are there from now on
+    ctypes.CDLL(None).malloc_trim(0)  # and what the allocator holds free is not
+    Path("/proc/self/clear_refs").write_text("5")  # the highest so far := now
+    before = resident("VmRSS")
+    results = call()
+    print(resident("VmHWM") - before)
+    del results
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
