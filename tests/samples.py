@@ -47,8 +47,8 @@ class Sample:
         return made
 
     def public(self, tensors: Tensors, backend: str | None = None) -> tuple[Tensor, ...]:
-        """Call the public function."""
-        arguments: dict[str, Any] = {**tensors, **self.options}
+        """Call the public function; an argument left out is None."""
+        arguments: dict[str, Any] = {**dict.fromkeys(self.tensors), **tensors, **self.options}
         if self.operator == "graph_gru":
             biases = tuple(arguments.pop(name) for name in ("b_z", "b_r", "b_h"))
             arguments["biases"] = None if biases[0] is None else biases
@@ -281,7 +281,7 @@ def _region_conv() -> list[Sample]:
     samples = [
         sample("plain", (2, 2, 6, 4), 2),
         sample("bias", (1, 2, 5, 5), 1, bias=True),
-        sample("scale", (1, 2, 6, 4), 2, scale=True),
+        sample("scale", (2, 2, 6, 4), 2, scale=True),
         sample("bias_scale", (2, 1, 6, 3), 3, bias=True, scale=True),
         sample("one_pixel_patches", (1, 2, 2, 2), 2, bias=True, scale=True),
         sample("no_images", (0, 3, 6, 4), 2, bias=True, scale=True),
