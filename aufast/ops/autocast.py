@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from aufast.ops.checks import accumulation_dtype
+
 
 def cast_products(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under autocast, cast float32 and lower to autocast's dtype, as `torch.matmul` does; else nothing."""
@@ -23,5 +25,5 @@ def keep_float(tensor: Tensor | None, like: Tensor) -> Tensor | None:
     if not isinstance(tensor, Tensor) or not isinstance(like, Tensor) or not tensor.is_floating_point():
         return tensor
     if tensor.dtype in (torch.float16, torch.bfloat16) or like.dtype == torch.float64:
-        return tensor.to(torch.promote_types(like.dtype, torch.float32))
+        return tensor.to(accumulation_dtype(like.dtype))
     return tensor

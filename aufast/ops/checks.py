@@ -8,6 +8,11 @@ from torch import Tensor
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums, regions and states for arguments of `dtype`: never below float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 class Shapes:
     """Binds the letters of one call's shapes to sizes and says clearly where two arguments disagree."""
 

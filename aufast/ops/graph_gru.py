@@ -10,7 +10,7 @@ from torch import Tensor
 from aufast import reference
 from aufast.ops.autocast import cast_products, keep_float
 from aufast.ops.backends import choose
-from aufast.ops.checks import NORMALIZATIONS, Shapes, normalization_code
+from aufast.ops.checks import NORMALIZATIONS, Shapes, accumulation_dtype, normalization_code
 from aufast.ops.registration import dense, fresh, needs_mask, register, unwanted, vector_jacobian
 
 _NAMES = {code: name for name, code in NORMALIZATIONS.items()}
@@ -106,7 +106,7 @@ def _check(x: Tensor, parameters: tuple[Tensor | None, ...], lengths: Tensor | N
     if h0 is not None:
         shapes.bind("h0", h0, "B", "m", "c")
         shapes.same("h0", h0, x, dtype=False)
-        if h0.dtype != torch.promote_types(x.dtype, torch.float32):
+        if h0.dtype != accumulation_dtype(x.dtype):
             raise TypeError(f"graph_gru: h0 is {h0.dtype}, but the input is {x.dtype}")
     for name, b in zip(("biases[0]", "biases[1]", "biases[2]"), biases):
         if b is not None:
@@ -156,7 +156,7 @@ def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     W_z, save = rest[2], rest[-1]
     batch, _, nodes, _ = x.shape
     out = x.new_empty(*x.shape[:-1], W_z.shape[-1])
-    h_last = x.new_empty(batch, nodes, W_z.shape[-1], dtype=torch.promote_types(x.dtype, torch.float32))
+    h_last = x.new_empty(batch, nodes, W_z.shape[-1], dtype=accumulation_dtype(x.dtype))
     return out, h_last, _saved(x, out, save)
 
 
@@ -199,7 +199,7 @@ def _backward(
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         if grad_h_last is None:
-            state_dtype = torch.promote_types(x.dtype, torch.float32)
+            state_dtype = accumulation_dtype(x.dtype)
             grad_h_last = out.new_zeros(out.shape[0], *out.shape[2:], dtype=state_dtype)
         grads = torch.ops.aufast.graph_gru_backward(
             grad_out, grad_h_last, *inputs, lengths, out, saved, ctx.normalization, needs

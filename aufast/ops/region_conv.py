@@ -56,12 +56,14 @@ def _check(
     shapes.bind("x", x, "B", "C_in", "H", "W")
     shapes.bind("weight", weight, "n", "n", "C_out", "C_in", 3, 3, like=x)
     grid, height, width = shapes.sizes["n"], *x.shape[-2:]
-    if grid == 0 or 0 in (height, width) or height % grid or width % grid:
+    if 0 in weight.shape[:3]:
+        raise ValueError(
+            f"region_conv: weight must have at least one patch and one filter, got {tuple(weight.shape)}"
+        )
+    if 0 in (height, width) or height % grid or width % grid:
         raise ValueError(
             f"region_conv: x must have H and W divisible by n={grid} and not 0, got H={height} and W={width}"
         )
-    if shapes.sizes["C_out"] == 0:
-        raise ValueError(f"region_conv: weight must have at least one filter, got {tuple(weight.shape)}")
     if bias is not None:
         shapes.bind("bias", bias, "n", "n", "C_out", like=x)
     if (scale is None) != (shift is None):
