@@ -1,6 +1,7 @@
 """The complete models: MARGL and AAR with their variants, and the ResNet-18 backbone."""
 
 from aufast.models.aar import AAR, AARConfig, AAROutput
+from aufast.models.inputs import to_input
 from aufast.models.margl import MARGL, MARGLConfig, MARGLOutput, relation_adjacency
 from aufast.models.registry import create_model, list_models, load_model
 from aufast.models.resnet import ResNet18, ResNetOutput
@@ -18,4 +19,5 @@ __all__ = [
     "list_models",
     "load_model",
     "relation_adjacency",
+    "to_input",
 ]

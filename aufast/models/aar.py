@@ -45,6 +45,8 @@ class AARConfig:
         variant: "aar" or a row of AAR Table VI, see `VARIANTS`.
         aus: the action units, in the order of every output.
         image_size: side l of a frame, a multiple of 16: l and l/2 are cut into 8×8 patches.
+        pixel_mean: of each colour in [0, 1], taken off by `to_input`.
+        pixel_std: what `to_input` divides by.
         width: unit width c; region layers have 4c and 8c channels, AU branches and graph layers 12c.
         embedding: ce of the graph layers.
         branch_norm: batch normalisation in the AU branches.
@@ -60,6 +62,8 @@ class AARConfig:
     variant: str = "aar"
     aus: tuple[int, ...] = AU_SETS["bp4d"]
     image_size: int = 176
+    pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    pixel_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     width: int = 8
     embedding: int = 8
     branch_norm: bool = True
@@ -80,6 +84,8 @@ class AARConfig:
         check.choice("branch_activation", ACTIVATIONS)
         check.choice("attention_position", ("before_norm", "after_activation"))
         check.choice("graph_activation", ACTIVATIONS)
+        check.triples("pixel_mean")
+        check.triples("pixel_std", positive=True)
         if self.graph_layers is not None:
             check.integers("graph_layers")
 
@@ -258,6 +264,11 @@ class AAR(Pretrained):
             self.graph.extend(layer(width, width, m, **options) for _ in range(layers))
             self.head = NodeLinear(m, width, **factory)
         self.graph_activation = ACTIVATIONS[config.graph_activation]
+
+    @property
+    def attention_size(self) -> int:
+        """Side of the attention maps, l/4."""
+        return self.config.image_size // 4
 
     def forward(self, clips: Tensor, state: tuple[Tensor, ...] | None = None) -> AAROutput:
         """Recognise action units in every frame of clips of any length.

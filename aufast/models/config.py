@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
@@ -38,6 +39,10 @@ def build_config(cls: type[Config], variant: str, values: Mapping[str, Any]) -> 
     return cls(variant=variant, **tuples)
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 class Checker:
     """Checks the fields of one configuration."""
 
@@ -51,7 +56,7 @@ class Checker:
         if not isinstance(aus, tuple) or not aus:
             raise ValueError(f"{self.name}: aus must be a non-empty tuple of AU numbers, got {aus!r}")
         for au in aus:
-            if au not in AU_NAMES:
+            if isinstance(au, bool) or not isinstance(au, int) or au not in AU_NAMES:
                 raise ValueError(f"{self.name}: aus must hold AU numbers of {tuple(AU_NAMES)}, got {au!r}")
         if len(set(aus)) != len(aus):
             raise ValueError(f"{self.name}: aus must name each AU once, got {aus}")
@@ -63,14 +68,21 @@ class Checker:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{self.name}: {name} must be an integer of at least {least}, got {value!r}")
 
-    def numbers(self, *names: str, least: float = float("-inf")) -> None:
-        """Check that these fields are finite numbers of at least `least`."""
+    def number(self, name: str, least: float | None = None) -> None:
+        """Check that a field is a finite number, of at least `least`."""
+        value = getattr(self.config, name)
+        if not _is_number(value) or (least is not None and value < least):
+            bound = "" if least is None else f" of at least {least:g}"
+            raise ValueError(f"{self.name}: {name} must be a finite number{bound}, got {value!r}")
+
+    def triples(self, *names: str, positive: bool = False) -> None:
+        """Check that these fields are tuples of three finite numbers."""
         for name in names:
             value = getattr(self.config, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not least <= value < float("inf"):
-                bound = "" if least == float("-inf") else f" of at least {least:g}"
-                raise ValueError(f"{self.name}: {name} must be a finite number{bound}, got {value!r}")
+            fits = isinstance(value, tuple) and len(value) == 3 and all(map(_is_number, value))
+            if not fits or (positive and min(value) <= 0):
+                kind = "positive" if positive else "finite"
+                raise ValueError(f"{self.name}: {name} must be three {kind} numbers, got {value!r}")
 
     def flags(self, *names: str) -> None:
         """Check that these fields are True or False."""

@@ -79,12 +79,11 @@ def check_pictures(model: nn.Module, name: str, pictures: Tensor, axes: str) -> 
             f"{model.name}: {name} must be {wanted}, got {pictures.dtype}; scale pixel values to floats first"
         )
     parameter = next(model.parameters())
-    autocast = torch.is_autocast_enabled(pictures.device.type)
-    if pictures.dtype != parameter.dtype and not autocast:
-        raise TypeError(
-            f"{model.name}: {name} must have the model's dtype {parameter.dtype}, got {pictures.dtype}"
-        )
     if pictures.device != parameter.device:
         raise ValueError(
             f"{model.name}: {name} must be on the model's device {parameter.device}, got {pictures.device}"
+        )
+    if pictures.dtype != parameter.dtype and not torch.is_autocast_enabled(pictures.device.type):
+        raise TypeError(
+            f"{model.name}: {name} must have the model's dtype {parameter.dtype}, got {pictures.dtype}"
         )

@@ -47,6 +47,8 @@ class MARGLConfig:
         variant: "margl" or a row of MARGL Table 1, see `VARIANTS`.
         aus: the action units, in the order of every output.
         image_size: side of the input, a multiple of 32.
+        pixel_mean: of each colour in [0, 1], taken off by `to_input`; those of the ImageNet weights.
+        pixel_std: what `to_input` divides by.
         roi_sizes: k of the initial k×k boxes, in pixels of layer2, layer3 and layer4.
         single_level: the level that one-level variants use.
         crop_size: side of the crops.
@@ -67,6 +69,8 @@ class MARGLConfig:
     variant: str = "margl"
     aus: tuple[int, ...] = AU_SETS["bp4d"]
     image_size: int = 192
+    pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     roi_sizes: tuple[float, float, float] = (10, 5, 2)
     single_level: str = "layer3"
     crop_size: int = 6
@@ -89,8 +93,8 @@ class MARGLConfig:
         check.aus()
         check.image_size(32)
         check.integers("crop_size", "squeeze", "regional_channels", "graph_layers", "graph_width")
-        check.numbers("scale_weight_std", least=0)
-        check.numbers("scale_bias")
+        check.number("scale_weight_std", least=0)
+        check.number("scale_bias")
         check.flags("regional_norm")
         check.choice("single_level", LEVELS)
         check.choice("crop_from", ("squeezed", "backbone"))
@@ -98,13 +102,8 @@ class MARGLConfig:
         check.choice("graph_activation", ACTIVATIONS)
         check.choice("graph_normalization", ("symmetric", "row"))
         check.choice("head", ("per-au", "joint"))
-        sizes = self.roi_sizes
-        if not isinstance(sizes, tuple) or len(sizes) != 3 or not all(_positive(size) for size in sizes):
-            raise ValueError(f"MARGLConfig: roi_sizes must be three positive numbers, got {sizes!r}")
-
-
-def _positive(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
+        check.triples("pixel_mean")
+        check.triples("pixel_std", "roi_sizes", positive=True)
 
 
 class MARGLOutput(NamedTuple):
@@ -324,6 +323,11 @@ class MARGL(Pretrained):
             )
             self.register_buffer("adjacency", torch.eye(m, **factory))
 
+    @property
+    def level_sizes(self) -> tuple[int, ...]:
+        """Side of each level's feature map, in the order of `levels` and `rois`."""
+        return tuple(self.config.image_size // (8 << level) for level in self._levels)
+
     def set_adjacency(self, adjacency: Tensor) -> None:
         """Set the AU relation graph A0, which is the identity until then; it is saved with the weights.
 
@@ -368,8 +372,7 @@ class MARGL(Pretrained):
             For each level (B, 2m, 4): `(x1, y1, x2, y2)` in that level's pixels, image-left half first.
         """
         boxes = []
-        for level in self._levels:
-            side = self.config.image_size // (8 << level)
+        for level, side in zip(self._levels, self.level_sizes, strict=True):
             points = centers.flatten(1, 2) * (side / self.config.image_size)  # (B, 2m, 2)
             half = self.config.roi_sizes[level] / 2
             boxes.append(torch.cat([points - half, points + half], dim=-1))  # (B, 2m, 4)

@@ -78,7 +78,8 @@ class Pretrained(nn.Module):
         name, values, tensors = read_folder(folder)
         if name not in cls.variants:
             raise ValueError(
-                f"{folder}: holds the model {name!r}, which is no {cls.__name__}; use aufast.models.load_model"
+                f"{folder}: holds the model {name!r}, which is no {cls.__name__}; "
+                "use aufast.models.load_model"
             )
         return build_model(cls, folder, name, values, tensors)
 
@@ -182,7 +183,7 @@ def build_model(
 
 def _check_tensors(model: Pretrained, path: Path, tensors: dict[str, Tensor]) -> None:
     own = model.state_dict()
-    for key in tensors:
+    for key in sorted(tensors):
         if key not in own:
             _refuse(path, f"unknown tensor {key!r}")
     for key, expected in own.items():

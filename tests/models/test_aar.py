@@ -1,0 +1,203 @@
+"""AAR: branches, pooled convolution, streaming, averages and bad input, each against plain formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from aufast import reference
+from aufast.models.aar import AARConfig, AUBranches, pooled_conv
+from tests.models.examples import AAR_NAMES, inputs, randomize, small
+
+
+@pytest.mark.parametrize("size", [(5, 7), (2, 2), (1, 3), (1, 1)], ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_pooled_conv_is_the_mean_of_the_convolution(size, bias):
+    conv = nn.Conv2d(6, 4, 3, padding=1, groups=2, bias=bias, dtype=torch.float64)
+    x = torch.randn(3, 6, *size, dtype=torch.float64)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    found, expected = pooled_conv(ours, conv), conv(theirs).mean((2, 3))
+    torch.testing.assert_close(found, expected)
+    grad = torch.randn_like(expected)
+    parameters = list(conv.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad(found, [ours, *parameters], grad),
+        torch.autograd.grad(expected, [theirs, *parameters], grad),
+    )
+
+
+def plain_branch(branches, au, x, config):
+    """One AU's branch as five convolutions of its own."""
+    width = 12 * config.width
+    own = slice(au * width, (au + 1) * width)
+
+    def conv(x, name, rows=own):
+        layer = getattr(branches, name)
+        return nn.functional.conv2d(x, layer.weight[rows], layer.bias[rows], padding=1)
+
+    def norm(x, name):
+        layer = getattr(branches, name)
+        statistics = (
+            value[own] for value in (layer.running_mean, layer.running_var, layer.weight, layer.bias)
+        )
+        return nn.functional.batch_norm(x, *statistics).relu()
+
+    for index in (1, 2, 3):
+        x = norm(conv(x, f"conv{index}"), f"bn{index}")
+    attention = 1
+    if branches.attention is not None:
+        attention = conv(x, "attention", slice(au, au + 1)).sigmoid()
+    x = conv(x, "conv4")
+    if config.attention_position == "before_norm":
+        x = norm(attention * x, "bn4")
+    else:
+        x = attention * norm(x, "bn4")
+    x = conv(x, "conv5")
+    if config.last_norm:
+        x = norm(x, "bn5")
+    return x.mean((2, 3)), attention
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"attention_position": "after_activation"}, {"last_norm": True}, {"variant": "b-net"}],
+    ids=["default", "attention-last", "last-norm", "b-net"],
+)
+def test_branches_are_independent(options):
+    config = AARConfig(aus=(1, 4, 12), width=2, **options)
+    branches = AUBranches(config, {"dtype": torch.float64}).eval()
+    randomize(branches)
+    x = torch.randn(2, 16, 8, 8, dtype=torch.float64)
+    features, attention = branches(x)
+    for au in range(3):
+        expected, expected_map = plain_branch(branches, au, x, config)
+        torch.testing.assert_close(features[:, au], expected)
+        if config.variant != "b-net":
+            torch.testing.assert_close(attention[:, au : au + 1], expected_map)
+
+
+@pytest.mark.parametrize("cuts", [(1,), (2, 5), (1, 2, 3, 4, 5, 6), (0, 7)], ids=str)
+def test_chunks_with_state_equal_the_whole_clip(cuts):
+    model = small("aar").double().eval()
+    randomize(model)
+    (clips,) = inputs(model, steps=7, dtype=torch.float64)
+    whole = model(clips)
+    state, chunks = None, []
+    for start, stop in zip((0, *cuts), (*cuts, 7), strict=True):
+        found = model(clips[:, start:stop], state)
+        state = found.state
+        chunks.append(found.probabilities)
+    torch.testing.assert_close(torch.cat(chunks, dim=1), whole.probabilities)
+    torch.testing.assert_close(state, whole.state)
+
+
+def test_time_matters_to_aar_alone():
+    for name in AAR_NAMES:
+        model = small(name).double().eval()
+        randomize(model)
+        (clips,) = inputs(model, steps=4, dtype=torch.float64)
+        forwards, backwards = model(clips).probabilities, model(clips.flip(1)).probabilities.flip(1)
+        assert torch.allclose(forwards, backwards) == (name != "aar"), name
+
+
+def test_frame_variants_ignore_the_state():
+    state = small("aar").eval()(torch.zeros(1, 2, 3, 32, 32)).state
+    model = small("aa-gsp").eval()
+    assert model(torch.zeros(1, 2, 3, 32, 32), state).state is None
+
+
+def test_aar_runs_two_graph_grus_on_the_frames_features():
+    model = small("aar").double().eval()
+    randomize(model)
+    (clips,) = inputs(model, dtype=torch.float64)
+    x = torch.stack([model.frame(clips[:, t])[0] for t in range(3)], dim=1)
+    for layer in model.graph:
+        x, _ = reference.graph_gru(x, layer.U, layer.Q, layer.W_z, layer.W_r, layer.W_h)
+    expected = (x * model.head.weight).sum(-1) + model.head.bias
+    torch.testing.assert_close(model(clips).logits, expected)
+
+
+@pytest.mark.parametrize(("name", "layers"), [("aa-gsh", 1), ("aa-gsp", 2)])
+def test_spatial_variants_run_their_equation(name, layers):
+    model = small(name).double().eval()
+    randomize(model)
+    (clips,) = inputs(model, dtype=torch.float64)
+    x = model.frame(clips.flatten(0, 1))[0]
+    assert len(model.graph) == layers
+    for layer in model.graph:
+        assert (layer.Q is None) == (name == "aa-gsh")
+        x = reference.graph_conv(x, layer.U, layer.Q, layer.W)
+    expected = (x * model.head.weight).sum(-1) + model.head.bias
+    torch.testing.assert_close(model(clips).logits.flatten(0, 1), expected)
+
+
+def test_temporal_average_is_the_mean_of_the_frames_probabilities():
+    model = small("aa-gsp-tavg").eval()
+    randomize(model)
+    (clips,) = inputs(model)
+    found = model(clips)
+    expected = found.logits.sigmoid().mean(1)
+    for t in range(3):
+        torch.testing.assert_close(found.probabilities[:, t], expected)
+
+
+@pytest.mark.parametrize("name", AAR_NAMES)
+def test_clip_without_frames(name):
+    model = small(name).eval()
+    found = model(torch.zeros(2, 0, 3, 32, 32))
+    assert found.probabilities.shape == (2, 0, 3)
+    if name == "aar":
+        assert all((h == 0).all() for h in found.state)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("aar", {"graph_layers": 3, "graph_bias": True}),
+        ("aa-gsp", {"graph_activation": "relu"}),
+        ("aa", {"branch_norm": False, "branch_activation": "gelu"}),
+    ],
+    ids=["layers-bias", "graph-activation", "branch"],
+)
+def test_every_decision_can_be_changed(name, options):
+    model = small(name, **options)
+    model(*inputs(model)).logits.sum().backward()
+    assert len(model.graph) == {"aar": 3, "aa-gsp": 2, "aa": 0}[name]
+
+
+def test_frozen_first_stage_gets_no_gradient():
+    model = small("aar")
+    model.frame.requires_grad_(False).eval()
+    model(*inputs(model)).logits.sum().backward()
+    assert all(p.grad is None for p in model.frame.parameters())
+    assert all(p.grad is not None for p in [*model.graph.parameters(), *model.head.parameters()])
+
+
+CLIPS = torch.zeros(2, 3, 3, 32, 32)
+STATE = (torch.zeros(2, 3, 24),) * 2
+
+
+@pytest.mark.parametrize(
+    ("clips", "state", "error", "message"),
+    [
+        (CLIPS[0], None, ValueError, r"clips must be .* \(B, T, 3, 32, 32\), got shape \(3, 3, 32, 32\)"),
+        (CLIPS[..., :16], None, ValueError, r"got shape \(2, 3, 3, 32, 16\)"),
+        (CLIPS.byte(), None, TypeError, "got torch.uint8; scale pixel values"),
+        (CLIPS.bfloat16(), None, TypeError, "model's dtype torch.float32, got torch.bfloat16"),
+        (CLIPS, STATE[:1], ValueError, "state must be 2 tensors, one a layer, got 1"),
+        (CLIPS, STATE[0], ValueError, "state must be 2 tensors, one a layer, got Tensor"),
+        (CLIPS[:1], STATE, ValueError, r"state\[0\] must have shape \(1, 3, 24\), got \(2, 3, 24\)"),
+    ],
+    ids=["rank", "size", "uint8", "dtype", "state-count", "state-tensor", "state-batch"],
+)
+def test_bad_input_is_named(clips, state, error, message):
+    with pytest.raises(error, match=f"^aar: .*{message}"):
+        small("aar")(clips, state)
+
+
+def test_a_patch_of_one_pixel_cannot_train():
+    model = small("aar", image_size=16)
+    model.eval()(torch.zeros(1, 1, 3, 16, 16))
+    with pytest.raises(ValueError, match="at least 2 values per patch and channel, got 1"):
+        model.train()(torch.zeros(1, 1, 3, 16, 16))
