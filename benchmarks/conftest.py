@@ -16,6 +16,8 @@ FILES = ("ceilings", "roi_crop", "graph_conv", "graph_gru", "region_conv")
 def pytest_configure(config: pytest.Config) -> None:
     for name in FILES:
         config.addinivalue_line("python_files", f"benchmarks/{name}.py")
+    # PyTorch's compiler trips over its own deprecation.
+    config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script_method`:DeprecationWarning")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

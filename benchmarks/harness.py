@@ -14,6 +14,7 @@ from torch import Tensor
 
 from aufast import ops, reference
 from aufast.ops.backends import can_run
+from benchmarks.bars import BACKENDS
 
 THREADS = min(2, len(os.sched_getaffinity(0)))
 PASSES = ("fwd", "fwd+bwd")
@@ -106,7 +107,7 @@ def runs(
     found = []
     for case in cases:
         ours = getattr(ops, case.operator)
-        backends = [b for b in ("cpu", "cuda", "triton") if can_run(b, case.operator, torch.empty(0)) is None]
+        backends = [b for b in BACKENDS if can_run(b, case.operator, torch.empty(0)) is None]
         fused = {name: functools.partial(ours, backend=name) for name in backends}
         definition = {"reference": getattr(reference, case.operator)}
         for mode in case.passes:
