@@ -169,7 +169,7 @@ def test_damaged_sums_are_named(folder, text, message):
             r"model.safetensors: tensor 'frame.branches.conv1.weight' has shape \(72, 16, 3, 3\), "
             r"but config.json with its 2 AUs needs \(48, 16, 3, 3\)",
         ),
-        ({"model": "aa"}, "model.safetensors: unknown tensor 'graph.0.U'"),
+        ({"model": "aa"}, "model.safetensors: unknown tensor 'graph.0.Q'"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
