@@ -1,8 +1,9 @@
 // Multi-ROI affine crop-and-resize on the CPU: affine_grid + bilinear grid_sample with zeros outside, and its gradients.
 //
 // Geometry is computed once per ROI, in double, and shared by all channels. A work item is one image and one tile of
-// channels (forward: of one ROI): it alone writes its part of the crops or of the feature gradient, so nothing is atomic
-// and no result depends on the number of threads. docs/operators/roi_crop.md derives the backward.
+// channels (forward: and a group of ROIs). It brings the tile of the map into its own small buffer, where one pixel's
+// channels are a vector, takes every ROI from there, and alone writes its part of the crops or of the feature gradient:
+// nothing is atomic and no result depends on the number of threads. docs/operators/roi_crop.md derives the backward.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -25,21 +26,35 @@ struct Shape {
   bool boxes, align_corners;
 };
 
-// The taps of one ROI. Indices are pixels of the map, -1 outside; separable: one entry per output column and per output
-// row, else one per output point in both. Normalised coordinates are those of affine_grid, per output column and row.
+// The taps of one ROI. Indices are map pixels, -1 or the map's size where outside. Separable: one entry per output column
+// and per output row, else one per output point in both. Normalised coordinates are affine_grid's, per column and row.
 template <class A>
 struct Taps {
   const int32_t *x_lo, *x_hi, *y_lo, *y_hi;
   const A *x_weight_lo, *x_weight_hi, *y_weight_lo, *y_weight_hi, *normal_x, *normal_y;
+  int64_t columns, rows;  // entries
   bool finite, separable;
 };
 
-// The same for one output point of a plane, and the derivatives collected there.
-template <class A>
-struct Corners {
-  int64_t offset[4];  // north-west, north-east, south-west, south-east; -1 outside the map
-  A weight_x[2], weight_y[2], along_x, along_y;
+// How an image or a crop lies in memory: elements from plane to plane, or in channels_last from pixel to pixel.
+struct Layout {
+  bool channels_last;
+  int64_t stride;
 };
+
+// The part of a map that an item reads and adds to.
+struct Window {
+  int64_t top, bottom, left, right;
+  int64_t rows() const { return bottom - top; }
+  int64_t columns() const { return right - left; }
+};
+
+// Taps in elements of an item's framed window.
+struct Offsets {
+  const int64_t *x_lo, *x_hi, *y_lo, *y_hi;
+};
+
+constexpr int kTile = 16;  // channels of a work item; a multiple of every level's lanes
 
 // Of one ROI: Σ over channels and points of d/dix · (x̂, ŷ, 1), then of d/diy · (x̂, ŷ, 1).
 constexpr int kTerms = 6;
@@ -54,9 +69,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// What one channel tile of the feature gradient may take, to stay in the second-level cache beside its features.
-constexpr int64_t kTileBytes = 128 << 10;
-constexpr int64_t kMinTile = 16, kMaxTile = 128;
+constexpr int64_t kEnoughItems = 16;  // below, the forward also splits the ROIs of an image
 constexpr int kWantFeatures = 1, kWantRois = 2;
 
 template <class T>
@@ -90,18 +103,17 @@ Region read_region(const R* roi, const Shape& s) {
           std::all_of(theta, theta + 6, [](double value) { return std::isfinite(value); })};
 }
 
-// One coordinate's cell: NaN and infinity fail the first test, and behind it the conversion to an integer is safe.
+// One coordinate's cell: NaN and infinity fail the test, and behind it the conversion to an integer is safe.
 template <class A>
 void find_cell(double position, int64_t size, int32_t& lo, int32_t& hi, A& weight_lo, A& weight_hi) {
   lo = hi = -1;
   weight_lo = weight_hi = 0;
-  if (!(position > -1 && position < size)) return;
-  const double cell = std::floor(position);
-  const int64_t index = static_cast<int64_t>(cell);
-  if (index >= 0) lo = static_cast<int32_t>(index);
-  if (index + 1 < size) hi = static_cast<int32_t>(index + 1);
-  weight_lo = static_cast<A>(cell + 1 - position);
-  weight_hi = static_cast<A>(position - cell);
+  if (!(position > -1 && position < static_cast<double>(size))) return;
+  // Truncation of what is positive is its floor.
+  lo = static_cast<int32_t>(static_cast<int64_t>(position + 1) - 1);
+  hi = lo + 1;
+  weight_lo = static_cast<A>(hi - position);
+  weight_hi = static_cast<A>(position - lo);
 }
 
 // The taps of all ROIs of a call.
@@ -127,12 +139,17 @@ class Geometry {
     });
   }
 
+  // Of all taps of one ROI.
+  int64_t entries() const { return 2 * (columns_ + rows_); }
+
   Taps<A> operator[](int64_t n) const {
-    const int32_t* index = index_.data() + n * 2 * (columns_ + rows_);
-    const A* weight = weight_.data() + n * 2 * (columns_ + rows_);
+    const int32_t* index = index_.data() + n * entries();
+    const A* weight = weight_.data() + n * entries();
     return {index,          index + columns_,  index + 2 * columns_,  index + 2 * columns_ + rows_,
             weight,         weight + columns_, weight + 2 * columns_, weight + 2 * columns_ + rows_,
-            normal_.data(), normal_.data() + shape_.out_width, finite_[n] != 0, separable_[n] != 0};
+            normal_.data(), normal_.data() + shape_.out_width,
+            separable_[n] ? shape_.out_width : columns_, separable_[n] ? shape_.out_height : rows_,
+            finite_[n] != 0, separable_[n] != 0};
   }
 
  private:
@@ -145,8 +162,8 @@ class Geometry {
     finite_[n] = r.finite;
     separable_[n] = r.xy == 0 && r.yx == 0;
     if (!r.finite) return;
-    int32_t* index = index_.data() + n * 2 * (columns_ + rows_);
-    A* weight = weight_.data() + n * 2 * (columns_ + rows_);
+    int32_t* index = index_.data() + n * entries();
+    A* weight = weight_.data() + n * entries();
     const auto column = [&](int64_t k, double x) {
       find_cell(x, s.width, index[k], index[columns_ + k], weight[k], weight[columns_ + k]);
     };
@@ -176,128 +193,166 @@ class Geometry {
   std::vector<uint8_t> finite_, separable_;
 };
 
-// Channels per work item: a function of the shape alone, so that sums over tiles are the same at any thread count.
-int64_t tile_of(const Shape& s, int64_t accumulator_bytes) {
-  const int64_t fits = kTileBytes / (s.height * s.width * accumulator_bytes) / kMinTile * kMinTile;
-  return std::clamp(fits, kMinTile, kMaxTile);
-}
-
-int64_t tiles_of(const Shape& s, int64_t tile) { return (s.channels + tile - 1) / tile; }
-
 // How many items one thread should at least have, for waking another to pay.
-int64_t grain_of(int64_t points_per_item) { return std::max<int64_t>(1, (int64_t{1} << 15) / std::max<int64_t>(1, points_per_item)); }
-
-template <class T>
-void fill_not_finite(T* crop, const Shape& s, bool channels_last, int64_t first, int64_t channels) {
-  const T nan = sizeof(T) == 2 ? static_cast<T>(0x7fc0) : std::numeric_limits<T>::quiet_NaN();
-  const int64_t area = s.out_height * s.out_width;
-  if (!channels_last) {
-    std::fill_n(crop + first * area, channels * area, nan);
-    return;
-  }
-  for (int64_t i = 0; i < area; ++i) std::fill_n(crop + i * s.channels + first, channels, nan);
+int64_t grain_of(int64_t points_per_item) {
+  return std::max<int64_t>(1, (int64_t{1} << 14) / std::max<int64_t>(1, points_per_item));
 }
+
+// The buffers of one thread, and the walk over the ROIs of its items.
+template <class T>
+class Worker {
+ public:
+  using A = accumulator<T>;
+
+  Worker(const Shape& s, const Geometry<A>& geometry, bool channels_last)
+      : s_(s),
+        geometry_(geometry),
+        map_layout_{channels_last, channels_last ? s.channels : s.height * s.width},
+        crop_layout_{channels_last, channels_last ? s.channels : s.out_height * s.out_width} {}
+
+  // ROIs [begin, end) of one image; `image` and `out` begin at the tile's first channel, out at the image's first ROI.
+  void forward(int64_t b, int64_t begin, int64_t end, int64_t channels, const T* image, T* out) {
+    const int64_t area = s_.out_height * s_.out_width;
+    prepare(b, begin, end);
+    A* map = reserve(map_, framed_pixels());
+    A* staging = reserve(staging_, area);
+    AUFAST_PICK(read_window<T>)(image, map_layout_, channels, s_, window_, map);
+    const auto crop = AUFAST_PICK(crop<T>);
+    for (int64_t n = begin; n < end; ++n) {
+      const Taps<A> taps = geometry_[b * s_.rois + n];
+      T* to = out + n * s_.channels * area;
+      if (!taps.finite) {
+        fill_not_finite(to, channels);
+      } else {
+        const T* next = n + 1 < end ? to + s_.channels * area : to;
+        crop(map, to, next, crop_layout_, channels, s_, taps, offsets_of(n - begin, taps), staging);
+      }
+    }
+  }
+
+  // All ROIs of one image. The terms of ROI n go to terms + n * terms_stride.
+  void backward(int64_t b, int64_t channels, const T* grad, const T* image, T* grad_image, double* terms, int64_t terms_stride) {
+    const int64_t area = s_.out_height * s_.out_width;
+    prepare(b, 0, s_.rois);
+    A* map = reserve(map_, terms ? framed_pixels() : 0);
+    A* sum = grad_image ? reserve(sum_, framed_pixels()) : nullptr;
+    A* staging = reserve(staging_, std::max(area, s_.width));
+    if (terms) AUFAST_PICK(read_window<T>)(image, map_layout_, channels, s_, window_, map);
+    if (sum) std::fill_n(sum, framed_pixels() * kTile, A(0));
+    const auto crop_backward = AUFAST_PICK(crop_backward<T>);
+    for (int64_t n = 0; n < s_.rois; ++n) {
+      const Taps<A> taps = geometry_[b * s_.rois + n];
+      double* result = terms ? terms + n * terms_stride : nullptr;
+      if (!taps.finite) {
+        if (result) std::fill_n(result, kTerms, 0.0);
+      } else {
+        const T* from = grad + n * s_.channels * area;
+        const T* next = n + 1 < s_.rois ? from + s_.channels * area : from;
+        crop_backward(from, next, crop_layout_, channels, map, sum, result, s_, taps, offsets_of(n, taps), staging);
+      }
+    }
+    if (!sum) return;
+    std::fill_n(staging, s_.width * kTile, A(0));
+    AUFAST_PICK(write_map<T>)(sum, map_layout_, channels, s_, window_, staging, grad_image);
+  }
+
+ private:
+  int64_t framed_pixels() const { return (window_.rows() + 2) * (window_.columns() + 2); }
+
+  // Window and offsets of the ROIs [begin, end) of image b; the next tile of the same image finds them done.
+  void prepare(int64_t b, int64_t begin, int64_t end) {
+    if (b == image_ && begin == begin_) return;
+    image_ = b;
+    begin_ = begin;
+    window_ = find_window(b, begin, end);
+    offsets_.resize((end - begin) * geometry_.entries());
+    for (int64_t n = begin; n < end; ++n) {
+      const Taps<A> taps = geometry_[b * s_.rois + n];
+      if (taps.finite) find_offsets(taps, offsets_.data() + (n - begin) * geometry_.entries());
+    }
+  }
+
+  Offsets offsets_of(int64_t k, const Taps<A>& t) const {
+    const int64_t* x = offsets_.data() + k * geometry_.entries();
+    const int64_t* y = x + 2 * t.columns;
+    return {x, x + t.columns, y, y + t.rows};
+  }
+
+  // `pixels` pixels of the tile, aligned to a cache line.
+  static A* reserve(std::vector<A>& buffer, int64_t pixels) {
+    constexpr size_t kLine = 64;
+    const size_t wanted = pixels * kTile + kLine / sizeof(A);
+    if (buffer.size() < wanted) buffer.resize(wanted);
+    return reinterpret_cast<A*>((reinterpret_cast<uintptr_t>(buffer.data()) + kLine - 1) / kLine * kLine);
+  }
+
+  // The whole map where the taps would read most of it anyway, else the rectangle that holds them.
+  Window find_window(int64_t b, int64_t begin, int64_t end) const {
+    if (s_.height * s_.width <= 2 * (end - begin) * s_.out_height * s_.out_width) return {0, s_.height, 0, s_.width};
+    Window w{s_.height, 0, s_.width, 0};
+    const auto include = [](const int32_t* lo, const int32_t* hi, int64_t entries, int64_t size, int64_t& first, int64_t& last) {
+      for (int64_t k = 0; k < entries; ++k) {
+        first = std::min(first, std::max<int64_t>(lo[k] < 0 ? hi[k] : lo[k], 0));
+        last = std::max(last, std::min<int64_t>(hi[k] + 1, size));
+      }
+    };
+    for (int64_t n = begin; n < end; ++n) {
+      const Taps<A> t = geometry_[b * s_.rois + n];
+      if (!t.finite) continue;
+      include(t.x_lo, t.x_hi, t.columns, s_.width, w.left, w.right);
+      include(t.y_lo, t.y_hi, t.rows, s_.height, w.top, w.bottom);
+    }
+    w.left = std::min(w.left, w.right);
+    w.top = std::min(w.top, w.bottom);
+    return w;
+  }
+
+  // The frame stands for all that is outside the map.
+  void find_offsets(const Taps<A>& t, int64_t* to) const {
+    const auto convert = [&](const int32_t* index, int64_t entries, int64_t first, int64_t last, int64_t step) {
+      for (int64_t k = 0; k < entries; ++k) *to++ = (index[k] < 0 ? 0 : std::min<int64_t>(index[k], last) - first + 1) * step;
+    };
+    const int64_t row = (window_.columns() + 2) * kTile;
+    convert(t.x_lo, t.columns, window_.left, window_.right, kTile);
+    convert(t.x_hi, t.columns, window_.left, window_.right, kTile);
+    convert(t.y_lo, t.rows, window_.top, window_.bottom, row);
+    convert(t.y_hi, t.rows, window_.top, window_.bottom, row);
+  }
+
+  void fill_not_finite(T* to, int64_t channels) const {
+    const T nan = sizeof(T) == 2 ? static_cast<T>(0x7fc0) : std::numeric_limits<T>::quiet_NaN();
+    const int64_t area = s_.out_height * s_.out_width;
+    const int64_t runs = crop_layout_.channels_last ? area : 1, run = channels * area / runs;
+    for (int64_t i = 0; i < runs; ++i) std::fill_n(to + i * crop_layout_.stride, run, nan);
+  }
+
+  const Shape& s_;
+  const Geometry<A>& geometry_;
+  Layout map_layout_, crop_layout_;
+  int64_t image_ = -1, begin_ = -1;
+  Window window_{};
+  std::vector<int64_t> offsets_;
+  std::vector<A> map_, sum_, staging_;
+};
 
 // T is the storage type; uint16_t stands for bfloat16.
 template <class T, class R>
 void forward(const T* features, const R* rois, T* out, const Shape& s, bool channels_last) {
-  using A = accumulator<T>;
-  const Geometry<A> geometry(rois, s);
-  const int64_t map = s.height * s.width, area = s.out_height * s.out_width;
-  const int64_t tile = tile_of(s, sizeof(A)), tiles = tiles_of(s, tile);
-  const auto planes = AUFAST_PICK(crop_planes<T>);
-  const auto channel_vectors = AUFAST_PICK(crop_channels<T>);
-  torch::stable::parallel_for(0, s.batch * tiles * s.rois, grain_of(tile * area), [&](int64_t begin, int64_t end) {
-    std::vector<Corners<A>> corners(channels_last ? 0 : area);
-    const std::vector<T> zeros(channels_last ? tile : 0);
+  const Geometry<accumulator<T>> geometry(rois, s);
+  const int64_t map = s.height * s.width, area = s.out_height * s.out_width, tiles = (s.channels + kTile - 1) / kTile;
+  const int64_t groups = std::clamp<int64_t>(kEnoughItems / (s.batch * tiles), 1, s.rois);
+  const int64_t grain = grain_of(kTile * area * s.rois / groups);
+  torch::stable::parallel_for(0, s.batch * tiles * groups, grain, [&](int64_t begin, int64_t end) {
+    Worker<T> worker(s, geometry, channels_last);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t b = item / (tiles * s.rois), n = b * s.rois + item % s.rois;
-      const int64_t first = item / s.rois % tiles * tile, channels = std::min(tile, s.channels - first);
-      const T* image = features + b * s.channels * map;
-      T* crop = out + n * s.channels * area;
-      const Taps<A> taps = geometry[n];
-      if (!taps.finite) {
-        fill_not_finite(crop, s, channels_last, first, channels);
-      } else if (channels_last) {
-        channel_vectors(image + first, crop + first, channels, s, taps, zeros.data());
-      } else {
-        planes(image + first * map, crop + first * area, channels, s, taps, corners.data());
-      }
+      const int64_t b = item / (tiles * groups), group = item % groups, first = item / groups % tiles * kTile;
+      const T* image = features + b * s.channels * map + first * (channels_last ? 1 : map);
+      T* crops = out + b * s.rois * s.channels * area + first * (channels_last ? 1 : area);
+      worker.forward(b, group * s.rois / groups, (group + 1) * s.rois / groups, std::min<int64_t>(kTile, s.channels - first),
+                     image, crops);
     }
   });
 }
-
-// One image and one tile of channels: its feature gradient, summed over ROIs, and per ROI its part of the six terms.
-template <class T>
-class BackwardItem {
- public:
-  using A = accumulator<T>;
-
-  BackwardItem(const Shape& s, int64_t tile, bool channels_last, bool want_features)
-      : s_(s),
-        channels_last_(channels_last),
-        sum_(want_features && !kDirect ? tile * s.height * s.width : 0),
-        zeros_(channels_last ? tile : 0),
-        corners_(channels_last ? 0 : s.out_height * s.out_width) {}
-
-  void run(const T* grad, const T* image, T* grad_image, const Geometry<A>& geometry, int64_t first_roi, int64_t first,
-           int64_t channels, double* terms, int64_t terms_stride) {
-    const int64_t map = s_.height * s_.width, area = s_.out_height * s_.out_width;
-    const int64_t tile_start = channels_last_ ? first : first * map;
-    // In float and double the sum is the result's own memory; in bfloat16 it is a float32 copy of the tile.
-    A* sum = nullptr;
-    int64_t sum_stride = kDirect ? s_.channels : channels;
-    if (grad_image) {
-      if constexpr (kDirect) {
-        sum = grad_image + tile_start;
-      } else {
-        sum = sum_.data();
-      }
-      clear(sum, sum_stride, channels);
-    }
-    for (int64_t n = 0; n < s_.rois; ++n, grad += s_.channels * area) {
-      double* result = terms ? terms + n * terms_stride : nullptr;
-      const Taps<A> taps = geometry[first_roi + n];
-      if (!taps.finite) {
-        if (result) std::fill_n(result, kTerms, 0.0);
-      } else if (channels_last_) {
-        AUFAST_PICK(crop_channels_backward<T>)
-        (grad + first, image + first, sum, sum_stride, result, channels, s_, taps, zeros_.data());
-      } else {
-        AUFAST_PICK(crop_planes_backward<T>)
-        (grad + first * area, image + first * map, sum, result, channels, s_, taps, corners_.data());
-      }
-    }
-    if constexpr (!kDirect) {
-      if (grad_image) narrow(grad_image + tile_start, channels);
-    }
-  }
-
- private:
-  static constexpr bool kDirect = std::is_same_v<T, A>;
-
-  void clear(A* sum, int64_t stride, int64_t channels) const {
-    const int64_t map = s_.height * s_.width;
-    if (!channels_last_) {
-      std::fill_n(sum, channels * map, A(0));
-      return;
-    }
-    for (int64_t i = 0; i < map; ++i) std::fill_n(sum + i * stride, channels, A(0));
-  }
-
-  void narrow(T* grad_image, int64_t channels) const {
-    const int64_t map = s_.height * s_.width, rows = channels_last_ ? map : 1, row = channels_last_ ? channels : channels * map;
-    for (int64_t i = 0; i < rows; ++i) {
-      AUFAST_PICK(convert_to_bf16)(sum_.data() + i * row, grad_image + i * s_.channels, row);
-    }
-  }
-
-  const Shape& s_;
-  bool channels_last_;
-  std::vector<A> sum_;
-  std::vector<T> zeros_;
-  std::vector<Corners<A>> corners_;
-};
 
 // Adds the tiles' terms in their fixed order and takes them from pixels to the coordinates of the ROI.
 template <class R>
@@ -321,19 +376,18 @@ void finish_rois(const double* terms, int64_t tiles, const Shape& s, R* grad_roi
 template <class T, class R>
 void backward(const T* grad, const T* features, const R* rois, T* grad_features, R* grad_rois, const Shape& s,
               bool channels_last) {
-  using A = accumulator<T>;
-  const Geometry<A> geometry(rois, s);
-  const int64_t image_size = s.channels * s.height * s.width, crops_size = s.rois * s.channels * s.out_height * s.out_width;
-  const int64_t tile = tile_of(s, sizeof(A)), tiles = tiles_of(s, tile);
+  const Geometry<accumulator<T>> geometry(rois, s);
+  const int64_t map = s.height * s.width, area = s.out_height * s.out_width, tiles = (s.channels + kTile - 1) / kTile;
   std::vector<double> terms(grad_rois ? s.batch * s.rois * tiles * kTerms : 0);
-  const int64_t grain = grain_of(tile * s.rois * s.out_height * s.out_width);
-  torch::stable::parallel_for(0, s.batch * tiles, grain, [&](int64_t begin, int64_t end) {
-    BackwardItem<T> work(s, tile, channels_last, grad_features != nullptr);
+  torch::stable::parallel_for(0, s.batch * tiles, grain_of(kTile * area * s.rois), [&](int64_t begin, int64_t end) {
+    Worker<T> worker(s, geometry, channels_last);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t b = item / tiles, k = item % tiles, first = k * tile;
-      work.run(grad + b * crops_size, features + b * image_size, grad_features ? grad_features + b * image_size : nullptr,
-               geometry, b * s.rois, first, std::min(tile, s.channels - first),
-               grad_rois ? terms.data() + (b * s.rois * tiles + k) * kTerms : nullptr, tiles * kTerms);
+      const int64_t b = item / tiles, tile = item % tiles, first = tile * kTile;
+      const int64_t image = b * s.channels * map + first * (channels_last ? 1 : map);
+      const int64_t crops = b * s.rois * s.channels * area + first * (channels_last ? 1 : area);
+      worker.backward(b, std::min<int64_t>(kTile, s.channels - first), grad + crops, features + image,
+                      grad_features ? grad_features + image : nullptr,
+                      grad_rois ? terms.data() + (b * s.rois * tiles + tile) * kTerms : nullptr, tiles * kTerms);
     }
   });
   if (grad_rois) finish_rois(terms.data(), tiles, s, grad_rois);
@@ -425,7 +479,7 @@ std::tuple<Tensor, Tensor> roi_crop_backward(Tensor grad, Tensor features, Tenso
   const bool want_features = needs & kWantFeatures, want_rois = needs & kWantRois;
   Tensor grad_features = want_features ? torch::stable::empty_like(features) : torch::stable::new_empty(features, {0});
   Tensor grad_rois = want_rois ? torch::stable::empty_like(rois) : torch::stable::new_empty(rois, {0});
-  if (is_empty(s)) {
+  if (is_empty(s) || !(want_features || want_rois)) {
     torch::stable::zero_(grad_features);
     torch::stable::zero_(grad_rois);
     return {grad_features, grad_rois};
