@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 
@@ -37,9 +38,23 @@ def _compiled(device: str) -> frozenset[str]:
     return frozenset(name for name in OPERATORS if has(f"aufast::{name}", key))
 
 
+def _triton_missing() -> str | None:
+    """The reason why no Triton kernel can run here, or None; does not import Triton."""
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if torch.cuda.device_count() == 0 and not _interpreting():
+        return "this PyTorch sees no CUDA device (with TRITON_INTERPRET=1 its interpreter runs on the CPU, slowly)"
+    return None
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
 # Filled by `load`, once, after the operators are defined; plain values, so that torch.compile can read them.
 _missing: dict[str, str | None] = {}
 _kernels: dict[str, frozenset[str]] = {"cpu": frozenset(), "cuda": frozenset(), "triton": frozenset()}
+_devices: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}
 _selected = "auto"
 
 
@@ -49,7 +64,11 @@ def load() -> None:
         _missing[device] = _load(device)
         if _missing[device] is None:
             _kernels[device] = _compiled(device)
-    _missing["triton"] = "no Triton kernels are part of this version"
+    _missing["triton"] = _triton_missing()
+    if _missing["triton"] is None:
+        _kernels["triton"] = frozenset(OPERATORS)
+        if _interpreting():
+            _devices["triton"] = ("cuda", "cpu")
     try:
         use_backend(os.environ.get("AUFAST_BACKEND", "auto"))
     except (ValueError, RuntimeError) as error:
@@ -65,9 +84,7 @@ def can_run(backend: str, operator: str, tensor: Tensor) -> str | None:
         return reason
     if operator not in _kernels[backend]:
         return f"it has no kernel for {operator}"
-    if backend == "cpu" and tensor.device.type != "cpu":
-        return f"the input is on {tensor.device}"
-    if backend in ("cuda", "triton") and tensor.device.type != "cuda":
+    if tensor.device.type not in _devices[backend]:
         return f"the input is on {tensor.device}"
     return None
 
@@ -75,8 +92,10 @@ def can_run(backend: str, operator: str, tensor: Tensor) -> str | None:
 def choose(operator: str, tensor: Tensor, backend: str | None) -> str:
     """Choose who computes `operator` for this input.
 
-    "auto" is silent: the compiled kernel of the tensor's device where there is one, else the reference. Function
-    transforms (`torch.func`) and forward-mode derivatives always take the reference, which they can see through.
+    "auto" is silent: the compiled kernel of the tensor's device where there is one, on a GPU else the Triton
+    kernel where Triton is installed, else the reference.
+    Function transforms (`torch.func`) and forward-mode derivatives always take the reference, which they can
+    see through.
 
     Raises:
         ValueError: `backend` is no backend.
@@ -87,7 +106,8 @@ def choose(operator: str, tensor: Tensor, backend: str | None) -> str:
         raise ValueError(f"{operator}: backend must be one of {', '.join(NAMES)}, got {requested!r}")
     device = tensor.device.type
     if requested == "auto":
-        requested = device if device in _kernels and operator in _kernels[device] else "reference"
+        candidates = (device, "triton") if device == "cuda" else (device,)
+        requested = next((name for name in candidates if operator in _kernels.get(name, ())), "reference")
     reason = can_run(requested, operator, tensor)
     if reason is not None:
         raise RuntimeError(f"{operator}: the {requested!r} backend cannot run here: {reason}")
@@ -96,7 +116,7 @@ def choose(operator: str, tensor: Tensor, backend: str | None) -> str:
     return requested
 
 
-class use_backend:  # noqa: N801 - used like a function, as torch.no_grad is
+class use_backend:  # used like a function, as torch.no_grad is
     """Choose the backend of every later call: `use_backend("reference")`, or as a context manager.
 
     Args:

@@ -40,7 +40,7 @@ class Shapes:
             shape = shape[max(tensor.dim() - len(axes), 0) :]
         fits = len(shape) == len(axes)
         if fits:
-            for axis, size in zip(axes, shape):
+            for axis, size in zip(axes, shape, strict=True):
                 expected = axis if isinstance(axis, int) else self.sizes.setdefault(axis, size)
                 fits = fits and expected == size
         if not fits:

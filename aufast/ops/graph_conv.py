@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from aufast import reference
 from aufast.ops.autocast import cast_products
 from aufast.ops.backends import choose
 from aufast.ops.checks import NORMALIZATIONS, Shapes, normalization_code
-from aufast.ops.registration import dense, fresh, needs_mask, register, unwanted, vector_jacobian
+from aufast.ops.registration import dense, fresh, needs_mask, operator, register, unwanted, vector_jacobian
 
 _NAMES = {code: name for name, code in NORMALIZATIONS.items()}
 
@@ -32,7 +33,7 @@ def graph_conv(
         x: (..., m, cin) node features.
         U: (m, ce) embeddings that make the graph `S = I + N(ReLU(U Uᵀ))`; N(0) = 0.
         Q: (m, ce) embeddings that make each node's map `Θ_i = Σ_e Q_ie W_e`; None for one shared map.
-        W: (ce, cin, cout) with "global"; (ce, K, cin, cout) with "softmax"; the same without ce where Q is None.
+        W: (ce, cin, cout) with "global"; (ce, K, cin, cout) with "softmax"; without ce where Q is None.
         bias: (ce, cout), adds `Q·bias`; (cout,) where Q is None; None for none.
         normalization: "global" (AAR) or "softmax" (AGCRN's K Chebyshev supports of `softmax(relu(U Uᵀ))`).
         backend: "auto", "reference", "cpu", "cuda" or "triton"; None for the one of `aufast.use_backend`.
@@ -49,9 +50,10 @@ def graph_conv(
     x, U, Q, W, bias = cast_products(x, U, Q, W, bias)
     code = normalization_code("graph_conv", normalization)
     _check(x, U, Q, W, bias, code)
-    if choose("graph_conv", x, backend) == "reference":
+    chosen = choose("graph_conv", x, backend)
+    if chosen == "reference":
         return reference.graph_conv(x, U, Q, W, bias, normalization=normalization)
-    return torch.ops.aufast.graph_conv(x, U, Q, W, bias, code)
+    return operator("graph_conv", chosen)(x, U, Q, W, bias, code)
 
 
 def _check(x: Tensor, U: Tensor, Q: Tensor | None, W: Tensor, bias: Tensor | None, code: int) -> None:
@@ -125,13 +127,13 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(derivative: OpOverload, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     inputs = ctx.saved_tensors
     needs = needs_mask(ctx.needs_input_grad[:5])
     if torch.is_grad_enabled():
         grads = _vector_jacobian(grad, inputs, ctx.normalization, needs)
     else:
-        grads = torch.ops.aufast.graph_conv_backward(grad, *inputs, ctx.normalization, needs)
+        grads = derivative(grad, *inputs, ctx.normalization, needs)
     return *(g if needs >> k & 1 else None for k, g in enumerate(grads)), None
 
 

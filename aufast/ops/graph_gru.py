@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from aufast import reference
 from aufast.ops.autocast import cast_products, keep_float
 from aufast.ops.backends import choose
 from aufast.ops.checks import NORMALIZATIONS, Shapes, accumulation_dtype, normalization_code
-from aufast.ops.registration import dense, fresh, needs_mask, register, unwanted, vector_jacobian
+from aufast.ops.registration import dense, fresh, needs_mask, operator, register, unwanted, vector_jacobian
 
 _NAMES = {code: name for name, code in NORMALIZATIONS.items()}
 # The differentiable inputs, in the operator's order: x, U, Q, W_z, W_r, W_h, h0, b_z, b_r, b_h.
@@ -32,9 +33,10 @@ def graph_gru(
     normalization: str = "global",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run a gated recurrent unit whose products are AU-specific graph convolutions, over all steps in one call.
+    """Run a gated recurrent unit whose products are AU-specific graph convolutions, all steps in one call.
 
-    Running a clip in chunks, with the last state of one as the `h0` of the next, gives the same numbers as one call.
+    Running a clip in chunks, with the last state of one as the `h0` of the next, gives the same numbers as
+    one call.
 
     Args:
         x: (B, T, m, c_in), any B and T, 0 included.
@@ -45,8 +47,8 @@ def graph_gru(
         W_h: candidate state, as W_z.
         h0: (B, m, c) first state; None means zeros. Low precision is taken as float32.
         biases: (b_z, b_r, b_h), each (ce, c), adding `Q·b` to its gate; None for none.
-        lengths: (B,) int64 on x's device: the steps of each sequence. Later outputs are zero, the last state is the one
-            at the sequence's own end.
+        lengths: (B,) int64 on x's device: the steps of each sequence. Later outputs are zero, the last state
+            is the one at the sequence's own end.
         normalization: "global" (AAR) or "softmax" (AGCRN).
         backend: "auto", "reference", "cpu", "cuda" or "triton"; None for the one of `aufast.use_backend`.
 
@@ -65,13 +67,14 @@ def graph_gru(
     h0 = keep_float(h0, x)
     parameters = (U, Q, W_z, W_r, W_h, h0, b_z, b_r, b_h)
     _check(x, parameters, lengths, code)
-    if choose("graph_gru", x, backend) == "reference":
+    chosen = choose("graph_gru", x, backend)
+    if chosen == "reference":
         pools = None if b_z is None else (b_z, b_r, b_h)
         return reference.graph_gru(
             x, U, Q, W_z, W_r, W_h, h0, biases=pools, lengths=lengths, normalization=normalization
         )
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters))
-    out, h_last, _ = torch.ops.aufast.graph_gru(x, *parameters, lengths, code, save)
+    out, h_last, _ = operator("graph_gru", chosen)(x, *parameters, lengths, code, save)
     return out, h_last
 
 
@@ -108,7 +111,7 @@ def _check(x: Tensor, parameters: tuple[Tensor | None, ...], lengths: Tensor | N
         shapes.same("h0", h0, x, dtype=False)
         if h0.dtype != accumulation_dtype(x.dtype):
             raise TypeError(f"graph_gru: h0 is {h0.dtype}, but the input is {x.dtype}")
-    for name, b in zip(("biases[0]", "biases[1]", "biases[2]"), biases):
+    for name, b in zip(("biases[0]", "biases[1]", "biases[2]"), biases, strict=True):
         if b is not None:
             shapes.bind(name, b, "ce", "c", like=x)
     if lengths is not None:
@@ -184,7 +187,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor
 
 
 def _backward(
-    ctx: Any, grad_out: Tensor | None, grad_h_last: Tensor | None, _: Tensor | None
+    derivative: OpOverload, ctx: Any, grad_out: Tensor | None, grad_h_last: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors  # read once: activation checkpointing hands them out once
     if not tensors:
@@ -201,9 +204,7 @@ def _backward(
         if grad_h_last is None:
             state_dtype = accumulation_dtype(x.dtype)
             grad_h_last = out.new_zeros(out.shape[0], *out.shape[2:], dtype=state_dtype)
-        grads = torch.ops.aufast.graph_gru_backward(
-            grad_out, grad_h_last, *inputs, lengths, out, saved, ctx.normalization, needs
-        )
+        grads = derivative(grad_out, grad_h_last, *inputs, lengths, out, saved, ctx.normalization, needs)
     return *(g if needs >> k & 1 else None for k, g in enumerate(grads)), None, None, None
 
 

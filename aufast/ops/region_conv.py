@@ -6,12 +6,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from aufast import reference
 from aufast.ops.autocast import cast_products
 from aufast.ops.backends import choose
 from aufast.ops.checks import Shapes
-from aufast.ops.registration import dense, image_format, needs_mask, register, unwanted, vector_jacobian
+from aufast.ops.registration import (
+    dense,
+    image_format,
+    needs_mask,
+    operator,
+    register,
+    unwanted,
+    vector_jacobian,
+)
 
 
 def region_conv(
@@ -44,9 +53,10 @@ def region_conv(
     """
     x, weight, bias, scale, shift = cast_products(x, weight, bias, scale, shift)
     _check(x, weight, bias, scale, shift)
-    if choose("region_conv", x, backend) == "reference":
+    chosen = choose("region_conv", x, backend)
+    if chosen == "reference":
         return reference.region_conv(x, weight, bias, scale, shift)
-    return torch.ops.aufast.region_conv(x, weight, bias, scale, shift)
+    return operator("region_conv", chosen)(x, weight, bias, scale, shift)
 
 
 def _check(
@@ -126,21 +136,21 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(derivative: OpOverload, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     inputs = ctx.saved_tensors
     needs = needs_mask(ctx.needs_input_grad)
     if torch.is_grad_enabled():
         grads = _vector_jacobian(grad, inputs, needs)
     else:
-        grads = torch.ops.aufast.region_conv_backward(grad, *inputs, needs)
+        grads = derivative(grad, *inputs, needs)
     return tuple(g if needs >> k & 1 else None for k, g in enumerate(grads))
 
 
 register(
     "region_conv",
     schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift) -> Tensor",
-    backward_schema="(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, int needs)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    backward_schema="(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift,"
+    " int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fallback=_fallback,
     backward_fallback=_backward_fallback,
     fake=_fake,

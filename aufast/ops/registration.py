@@ -2,23 +2,29 @@
 
 Every operator has a forward and a backward schema, defined here in Python. The reference is registered as the
 fallback of both, so an operator exists, traces and is right even where nothing compiled was loaded; compiled
-libraries override it for their device. First-order gradients go to the backward operator; where the graph of the
-gradient itself is wanted (`create_graph=True`), they go through the reference, which is differentiable again.
+libraries override it for their device. First-order gradients go to the backward operator; where the graph of
+the gradient itself is wanted (`create_graph=True`), they go through the reference, which has derivatives of
+every order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.autograd import forward_ad
+
+from aufast.reference.precision import outside_autocast
 
 
 class _Library(torch.library.Library):
-    """A library whose autograd kernels refuse forward-mode tangents, which PyTorch's would drop without a word."""
+    """A library whose autograd kernels refuse forward-mode tangents, which PyTorch's would silently drop."""
 
     def impl(self, op_name: str, fn: Callable[..., Any], dispatch_key: str = "", **options: Any) -> None:
         if dispatch_key == "Autograd":
@@ -91,7 +97,7 @@ def vector_jacobian(
 def _recording() -> Iterator[None]:
     """Let autograd record inside an operator's fallback, which runs below the autograd dispatch keys.
 
-    Autocast is off here: a gradient has the precision of its own operator, not of the region that asks for it.
+    Autocast is off here: a gradient has its operator's precision, not that of the region that asks for it.
     """
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for key in ("AutocastCPU", "AutocastCUDA"):
@@ -114,15 +120,12 @@ def register(
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
 ) -> None:
-    """Define `aufast::name` and `aufast::name_backward` with their fallbacks, fakes and autograd formula."""
+    """Define `aufast::name` and `aufast::name_backward` with their fallbacks, fakes and autograd formula.
+
+    Both have an overload `triton`, the same in all but who computes. `backward` takes the backward operator of
+    its own overload in front of the context.
+    """
     backward_name = f"{name}_backward"
-    LIBRARY.define(name + schema)
-    LIBRARY.define(backward_name + backward_schema)
-    LIBRARY.impl(name, torch.no_grad()(fallback), "CompositeExplicitAutograd")
-    LIBRARY.impl(backward_name, torch.no_grad()(backward_fallback), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"aufast::{name}", fake, lib=LIBRARY)
-    torch.library.register_fake(f"aufast::{backward_name}", backward_fake, lib=LIBRARY)
-    torch.library.register_autograd(f"aufast::{name}", backward, setup_context=setup_context, lib=LIBRARY)
 
     def refuse(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(
@@ -130,7 +133,38 @@ def register(
             "second-order gradients need create_graph=True on the first backward pass"
         )
 
-    torch.library.register_autograd(f"aufast::{backward_name}", refuse, lib=LIBRARY)
+    def define(qualified: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+        LIBRARY.define(qualified + schema)
+        LIBRARY.impl(qualified, torch.no_grad()(kernel), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"aufast::{qualified}", fake, lib=LIBRARY)
+
+    on_triton = _triton(name, name, fallback), _triton(name, backward_name, backward_fallback)
+    for overload, kernels in (("", (fallback, backward_fallback)), (".triton", on_triton)):
+        define(name + overload, schema, kernels[0], fake)
+        define(backward_name + overload, backward_schema, kernels[1], backward_fake)
+        formula = partial(backward, operator(backward_name, overload[1:]))
+        torch.library.register_autograd(
+            f"aufast::{name}{overload}", formula, setup_context=setup_context, lib=LIBRARY
+        )
+        torch.library.register_autograd(f"aufast::{backward_name}{overload}", refuse, lib=LIBRARY)
+
+
+def operator(name: str, backend: str) -> OpOverload:
+    """The overload of `aufast::name` that a backend computes."""
+    return getattr(getattr(torch.ops.aufast, name), "triton" if backend == "triton" else "default")
+
+
+def _triton(module: str, name: str, fallback: Callable[..., Any]) -> Callable[..., Any]:
+    """The launch function `aufast.kernels.module.name`, imported when first called; float64 takes the fallback."""
+
+    @outside_autocast
+    def launch(first: Tensor, *rest: Any) -> Any:
+        if first.dtype == torch.float64:
+            return fallback(first, *rest)
+        with torch.cuda.device_of(first):
+            return getattr(import_module(f"aufast.kernels.{module}"), name)(first, *rest)
+
+    return launch
 
 
 def unwanted(like: Tensor) -> Tensor:

@@ -6,12 +6,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from aufast import reference
 from aufast.ops.autocast import keep_float
 from aufast.ops.backends import choose
 from aufast.ops.checks import Shapes, positive_pair
-from aufast.ops.registration import dense, image_format, needs_mask, register, unwanted, vector_jacobian
+from aufast.ops.registration import (
+    dense,
+    image_format,
+    needs_mask,
+    operator,
+    register,
+    unwanted,
+    vector_jacobian,
+)
 
 
 def roi_crop(
@@ -24,13 +33,13 @@ def roi_crop(
 ) -> Tensor:
     """Crop R regions of every feature map and resize each to `size` by bilinear sampling, zeros outside.
 
-    Differentiable in the features and in the regions. A region with a NaN or an infinity gives NaN in its own crop
-    only and passes no gradient. A box with x2 < x1 mirrors its crop; a box outside the map gives zeros.
+    Differentiable in the features and in the regions. A region with a NaN or an infinity gives NaN in its own
+    crop only and passes no gradient. A box with x2 < x1 mirrors its crop; a box outside the map gives zeros.
 
     Args:
         features: (B, C, H, W), contiguous or channels_last; the crops keep that format.
-        rois: (B, R, 4) boxes `(x1, y1, x2, y2)` in feature pixels, pixel i covering [i, i+1); or (B, R, 2, 3) affine
-            matrices θ in normalised coordinates. Low precision is taken as float32.
+        rois: (B, R, 4) boxes `(x1, y1, x2, y2)` in feature pixels, pixel i covering [i, i+1); or (B, R, 2, 3)
+            affine matrices θ in normalised coordinates. Low precision is taken as float32.
         size: (h, w) of each crop.
         align_corners: as in `torch.nn.functional.grid_sample`; with θ only.
         backend: "auto", "reference", "cpu", "cuda" or "triton"; None for the one of `aufast.use_backend`.
@@ -47,9 +56,10 @@ def roi_crop(
     rois = keep_float(rois, features)
     _check(features, rois, align_corners)
     height, width = positive_pair("roi_crop", "size", size)
-    if choose("roi_crop", features, backend) == "reference":
+    chosen = choose("roi_crop", features, backend)
+    if chosen == "reference":
         return reference.roi_crop(features, rois, (height, width), align_corners=align_corners)
-    return torch.ops.aufast.roi_crop(features, rois, height, width, align_corners)
+    return operator("roi_crop", chosen)(features, rois, height, width, align_corners)
 
 
 def _check(features: Tensor, rois: Tensor, align_corners: bool) -> None:
@@ -121,15 +131,13 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(features, rois)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(derivative: OpOverload, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     features, rois = ctx.saved_tensors
     needs = needs_mask(ctx.needs_input_grad[:2])
     if torch.is_grad_enabled():
         d_features, d_rois = _vector_jacobian(grad, features, rois, ctx.align_corners, needs)
     else:
-        d_features, d_rois = torch.ops.aufast.roi_crop_backward(
-            grad, features, rois, ctx.align_corners, needs
-        )
+        d_features, d_rois = derivative(grad, features, rois, ctx.align_corners, needs)
     return d_features if needs & 1 else None, d_rois if needs & 2 else None, None, None, None
 
 

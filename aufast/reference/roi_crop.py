@@ -56,7 +56,8 @@ def roi_crop(
     theta = torch.where(finite[..., 0], theta, torch.zeros_like(theta))
 
     if 0 in (batch, regions, channels, height, width, *size):
-        nothing = features.flatten()[:0].sum() + theta.flatten()[:0].sum().to(features.dtype)  # 0, with a graph
+        # Zeros that still hang on both arguments, so that their gradients are zeros and not missing.
+        nothing = features.flatten()[:0].sum() + theta.flatten()[:0].sum().to(features.dtype)
         outside = nothing.expand(batch, regions, channels, *size)
         return torch.where(finite, outside, torch.full_like(outside, torch.nan))
     crops = []
