@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import memory, peers
-from benchmarks.harness import PASSES, Case, Run, dtype_name, measure, runs
+from benchmarks.harness import PASSES, Case, Run, check, dtype_name, measure, runs
 
 STEPS, NODES, WIDTH, EMBEDDING = 48, 12, 96, 8
 
@@ -63,5 +63,6 @@ def test_graph_gru(benchmark, run: Run) -> None:
 def test_training_memory(benchmark, run: Run) -> None:
     benchmark.group = f"graph_gru {run.case.name} memory {dtype_name(run.dtype)}"
     benchmark.extra_info |= run.facts() | {"pass": "memory"}
+    check(run)
     peak = benchmark.pedantic(memory.peak_above_inputs, (run,), rounds=1)
     benchmark.extra_info["memory"] = peak
