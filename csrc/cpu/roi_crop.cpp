@@ -36,10 +36,12 @@ struct Taps {
   bool finite, separable;
 };
 
-// How an image or a crop lies in memory: elements from plane to plane, or in channels_last from pixel to pixel.
+// How an image or a crop lies in memory: elements from plane to plane, or in channels_last from pixel to pixel; and the
+// channels of a work item, a multiple of every level's lanes. In planes they are few, so that the map stays in the first
+// cache; in channels_last many, so that memory is read and written in longer runs.
 struct Layout {
   bool channels_last;
-  int64_t stride;
+  int64_t stride, tile;
 };
 
 // The part of a map that an item reads and adds to.
@@ -54,7 +56,7 @@ struct Offsets {
   const int64_t *x_lo, *x_hi, *y_lo, *y_hi;
 };
 
-constexpr int kTile = 16;  // channels of a work item; a multiple of every level's lanes
+constexpr int kPlaneTile = 16, kWideTile = 64;
 
 // Of one ROI: Σ over channels and points of d/dix · (x̂, ŷ, 1), then of d/diy · (x̂, ŷ, 1).
 constexpr int kTerms = 6;
@@ -198,6 +200,11 @@ int64_t grain_of(int64_t points_per_item) {
   return std::max<int64_t>(1, (int64_t{1} << 14) / std::max<int64_t>(1, points_per_item));
 }
 
+// A function of the shape alone: sums over tiles must not depend on the thread count.
+int64_t tile_of(const Shape& s, bool channels_last) {
+  return channels_last && s.channels >= 2 * kWideTile ? kWideTile : kPlaneTile;
+}
+
 // The buffers of one thread, and the walk over the ROIs of its items.
 template <class T>
 class Worker {
@@ -207,8 +214,8 @@ class Worker {
   Worker(const Shape& s, const Geometry<A>& geometry, bool channels_last)
       : s_(s),
         geometry_(geometry),
-        map_layout_{channels_last, channels_last ? s.channels : s.height * s.width},
-        crop_layout_{channels_last, channels_last ? s.channels : s.out_height * s.out_width} {}
+        map_layout_{channels_last, channels_last ? s.channels : s.height * s.width, tile_of(s, channels_last)},
+        crop_layout_{channels_last, channels_last ? s.channels : s.out_height * s.out_width, map_layout_.tile} {}
 
   // ROIs [begin, end) of one image; `image` and `out` begin at the tile's first channel, out at the image's first ROI.
   void forward(int64_t b, int64_t begin, int64_t end, int64_t channels, const T* image, T* out) {
@@ -238,7 +245,7 @@ class Worker {
     A* sum = grad_image ? reserve(sum_, framed_pixels()) : nullptr;
     A* staging = reserve(staging_, std::max(area, s_.width));
     if (terms) AUFAST_PICK(read_window<T>)(image, map_layout_, channels, s_, window_, map);
-    if (sum) std::fill_n(sum, framed_pixels() * kTile, A(0));
+    if (sum) std::fill_n(sum, framed_pixels() * map_layout_.tile, A(0));
     const auto crop_backward = AUFAST_PICK(crop_backward<T>);
     for (int64_t n = 0; n < s_.rois; ++n) {
       const Taps<A> taps = geometry_[b * s_.rois + n];
@@ -252,7 +259,7 @@ class Worker {
       }
     }
     if (!sum) return;
-    std::fill_n(staging, s_.width * kTile, A(0));
+    std::fill_n(staging, s_.width * map_layout_.tile, A(0));
     AUFAST_PICK(write_map<T>)(sum, map_layout_, channels, s_, window_, staging, grad_image);
   }
 
@@ -279,9 +286,9 @@ class Worker {
   }
 
   // `pixels` pixels of the tile, aligned to a cache line.
-  static A* reserve(std::vector<A>& buffer, int64_t pixels) {
+  A* reserve(std::vector<A>& buffer, int64_t pixels) const {
     constexpr size_t kLine = 64;
-    const size_t wanted = pixels * kTile + kLine / sizeof(A);
+    const size_t wanted = pixels * map_layout_.tile + kLine / sizeof(A);
     if (buffer.size() < wanted) buffer.resize(wanted);
     return reinterpret_cast<A*>((reinterpret_cast<uintptr_t>(buffer.data()) + kLine - 1) / kLine * kLine);
   }
@@ -312,9 +319,9 @@ class Worker {
     const auto convert = [&](const int32_t* index, int64_t entries, int64_t first, int64_t last, int64_t step) {
       for (int64_t k = 0; k < entries; ++k) *to++ = (index[k] < 0 ? 0 : std::min<int64_t>(index[k], last) - first + 1) * step;
     };
-    const int64_t row = (window_.columns() + 2) * kTile;
-    convert(t.x_lo, t.columns, window_.left, window_.right, kTile);
-    convert(t.x_hi, t.columns, window_.left, window_.right, kTile);
+    const int64_t tile = map_layout_.tile, row = (window_.columns() + 2) * tile;
+    convert(t.x_lo, t.columns, window_.left, window_.right, tile);
+    convert(t.x_hi, t.columns, window_.left, window_.right, tile);
     convert(t.y_lo, t.rows, window_.top, window_.bottom, row);
     convert(t.y_hi, t.rows, window_.top, window_.bottom, row);
   }
@@ -339,16 +346,16 @@ class Worker {
 template <class T, class R>
 void forward(const T* features, const R* rois, T* out, const Shape& s, bool channels_last) {
   const Geometry<accumulator<T>> geometry(rois, s);
-  const int64_t map = s.height * s.width, area = s.out_height * s.out_width, tiles = (s.channels + kTile - 1) / kTile;
+  const int64_t map = s.height * s.width, area = s.out_height * s.out_width, tile = tile_of(s, channels_last), tiles = (s.channels + tile - 1) / tile;
   const int64_t groups = std::clamp<int64_t>(kEnoughItems / (s.batch * tiles), 1, s.rois);
-  const int64_t grain = grain_of(kTile * area * s.rois / groups);
+  const int64_t grain = grain_of(tile * area * s.rois / groups);
   torch::stable::parallel_for(0, s.batch * tiles * groups, grain, [&](int64_t begin, int64_t end) {
     Worker<T> worker(s, geometry, channels_last);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t b = item / (tiles * groups), group = item % groups, first = item / groups % tiles * kTile;
+      const int64_t b = item / (tiles * groups), group = item % groups, first = item / groups % tiles * tile;
       const T* image = features + b * s.channels * map + first * (channels_last ? 1 : map);
       T* crops = out + b * s.rois * s.channels * area + first * (channels_last ? 1 : area);
-      worker.forward(b, group * s.rois / groups, (group + 1) * s.rois / groups, std::min<int64_t>(kTile, s.channels - first),
+      worker.forward(b, group * s.rois / groups, (group + 1) * s.rois / groups, std::min<int64_t>(tile, s.channels - first),
                      image, crops);
     }
   });
@@ -377,17 +384,17 @@ template <class T, class R>
 void backward(const T* grad, const T* features, const R* rois, T* grad_features, R* grad_rois, const Shape& s,
               bool channels_last) {
   const Geometry<accumulator<T>> geometry(rois, s);
-  const int64_t map = s.height * s.width, area = s.out_height * s.out_width, tiles = (s.channels + kTile - 1) / kTile;
+  const int64_t map = s.height * s.width, area = s.out_height * s.out_width, tile = tile_of(s, channels_last), tiles = (s.channels + tile - 1) / tile;
   std::vector<double> terms(grad_rois ? s.batch * s.rois * tiles * kTerms : 0);
-  torch::stable::parallel_for(0, s.batch * tiles, grain_of(kTile * area * s.rois), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, s.batch * tiles, grain_of(tile * area * s.rois), [&](int64_t begin, int64_t end) {
     Worker<T> worker(s, geometry, channels_last);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t b = item / tiles, tile = item % tiles, first = tile * kTile;
+      const int64_t b = item / tiles, k = item % tiles, first = k * tile;
       const int64_t image = b * s.channels * map + first * (channels_last ? 1 : map);
       const int64_t crops = b * s.rois * s.channels * area + first * (channels_last ? 1 : area);
-      worker.backward(b, std::min<int64_t>(kTile, s.channels - first), grad + crops, features + image,
+      worker.backward(b, std::min<int64_t>(tile, s.channels - first), grad + crops, features + image,
                       grad_features ? grad_features + image : nullptr,
-                      grad_rois ? terms.data() + (b * s.rois * tiles + tile) * kTerms : nullptr, tiles * kTerms);
+                      grad_rois ? terms.data() + (b * s.rois * tiles + k) * kTerms : nullptr, tiles * kTerms);
     }
   });
   if (grad_rois) finish_rois(terms.data(), tiles, s, grad_rois);
