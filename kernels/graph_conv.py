@@ -15,9 +15,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from aufast.kernels.precision import dot_precision
 from torch import Tensor
 
-from aufast.kernels.precision import dot_precision
 from aufast.reference.graph_conv import global_adjacency, softmax_supports
 
 SOFTMAX = 1
@@ -180,13 +180,13 @@ def graph_conv_fused_kernel(
     o = tl.program_id(2).to(tl.int64) * BLOCK_OUTS + tl.arange(0, BLOCK_OUTS)
     in_row, in_out = n < count, o < outs
     acc = tl.zeros((BLOCK_ROWS, BLOCK_OUTS), tl.float32)
-    for k in range(0, order):
+    for k in range(order):
         for first in range(0, channels, BLOCK_INNER):
             c = first + tl.arange(0, BLOCK_INNER).to(tl.int64)
             x_ptrs = x_ptr + (n * x_stride_n)[:, None] + (c * x_stride_c)[None, :]
             known = in_row[:, None] & (c < channels)[None, :]
             mixed = tl.zeros((BLOCK_ROWS, BLOCK_INNER), tl.float32)
-            for j in range(0, nodes):
+            for j in range(nodes):
                 weight = tl.load(matrix_ptr + (i * order + k) * nodes + j)
                 mixed += weight * tl.load(x_ptrs, known, other=0.0)  # (rows, c)
                 x_ptrs += x_stride_j

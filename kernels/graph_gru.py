@@ -20,8 +20,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from aufast.kernels.graph_conv import (
     convolve,
     convolve_gradients,
@@ -33,6 +31,7 @@ from aufast.kernels.graph_conv import (
     support_matrix,
 )
 from aufast.kernels.precision import dot_precision
+from torch import Tensor
 
 SOFTMAX = 1
 # Sequences of a program: the least that `tl.dot` multiplies.
@@ -106,13 +105,13 @@ def graph_gru_kernel(
     zeros = tl.zeros((BLOCK_BATCH, BLOCK_OUTS), tl.float32)
     if LENGTHS:
         length = tl.load(lengths_ptr + b, in_batch, other=0)
-    for t in range(0, steps):
+    for t in range(steps):
         _mix(
             mixed_ptr, matrix_ptr, state_ptr, first, batch, nodes * order, nodes, channels,
             PRECISION, BLOCK_BATCH, BLOCK_COLUMNS,
         )  # fmt: skip
         tl.debug_barrier()
-        for i in range(0, nodes):
+        for i in range(nodes):
             mixed = mixed_ptr + (b * nodes + i) * inner
             for start in range(0, 2 * channels, BLOCK_OUTS):
                 o = start + tl.arange(0, BLOCK_OUTS).to(tl.int64)  # z's channels, then r's
@@ -138,7 +137,7 @@ def graph_gru_kernel(
             PRECISION, BLOCK_BATCH, BLOCK_COLUMNS,
         )  # fmt: skip
         tl.debug_barrier()
-        for i in range(0, nodes):
+        for i in range(nodes):
             mixed = mixed_ptr + (b * nodes + i) * inner
             for start in range(0, channels, BLOCK_OUTS):
                 o = start + tl.arange(0, BLOCK_OUTS).to(tl.int64)
@@ -185,7 +184,7 @@ def _back_through_weights(
 ):
     """P (b, i, inner) = grad (b, i, reduced) · Θ_iᵀ for every node; rows of both are `row_stride` long."""
     zeros = tl.zeros((b.shape[0], BLOCK_OUTS), tl.float32)
-    for i in range(0, nodes):
+    for i in range(nodes):
         node = _wide(i)
         for start in range(0, inner, BLOCK_OUTS):
             o = start + tl.arange(0, BLOCK_OUTS).to(tl.int64)
@@ -239,10 +238,10 @@ def graph_gru_backward_kernel(
     inner = order * channels
     if LENGTHS:
         length = tl.load(lengths_ptr + b, in_batch, other=0)
-    for back in range(0, steps):
+    for back in range(steps):
         t = steps - 1 - back
         # 1. Through h = z h' + (1 - z) h~ and the gates z and h~ of every node.
-        for i in range(0, nodes):
+        for i in range(nodes):
             for start in range(0, channels, BLOCK_OUTS):
                 o = start + tl.arange(0, BLOCK_OUTS).to(tl.int64)
                 known = in_batch[:, None] & (o < channels)[None, :]

@@ -43,7 +43,7 @@ def _triton_missing() -> str | None:
     if find_spec("triton") is None:
         return "Triton is not installed"
     if torch.cuda.device_count() == 0 and not _interpreting():
-        return "this PyTorch sees no CUDA device (with TRITON_INTERPRET=1 its interpreter runs on the CPU, slowly)"
+        return "this PyTorch sees no CUDA device (TRITON_INTERPRET=1 interprets the kernels on the CPU)"
     return None
 
 

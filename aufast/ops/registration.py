@@ -122,8 +122,8 @@ def register(
 ) -> None:
     """Define `aufast::name` and `aufast::name_backward` with their fallbacks, fakes and autograd formula.
 
-    Both have an overload `triton`, the same in all but who computes. `backward` takes the backward operator of
-    its own overload in front of the context.
+    Both have an overload `triton`, the same in all but who computes. `backward` takes the backward operator
+    of its own overload in front of the context.
     """
     backward_name = f"{name}_backward"
 
@@ -155,7 +155,7 @@ def operator(name: str, backend: str) -> OpOverload:
 
 
 def _triton(module: str, name: str, fallback: Callable[..., Any]) -> Callable[..., Any]:
-    """The launch function `aufast.kernels.module.name`, imported when first called; float64 takes the fallback."""
+    """The launch function `aufast.kernels.module.name`, imported when it is called; fallback for float64."""
 
     @outside_autocast
     def launch(first: Tensor, *rest: Any) -> Any:
