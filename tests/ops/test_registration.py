@@ -28,8 +28,13 @@ def strides(tensor: Tensor) -> list[int]:
     return [stride for size, stride in axes if size > 1 and tensor.numel()]
 
 
-@pytest.mark.parametrize("requires_grad", [True, False], ids=["grad", "no_grad"])
-@pytest.mark.parametrize("sample", COMPARABLE, ids=str)
+@pytest.mark.parametrize(
+    ("sample", "requires_grad"),
+    [
+        *(pytest.param(s, True, id=f"{s}-grad") for s in COMPARABLE),
+        *(pytest.param(s, False, id=f"{s}-no_grad") for s in TYPICAL),
+    ],
+)
 def test_opcheck(sample: Sample, requires_grad: bool) -> None:
     operator = getattr(torch.ops.aufast, sample.operator).default
     inputs = sample.inputs(torch.float32, requires_grad)

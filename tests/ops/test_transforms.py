@@ -82,7 +82,9 @@ def test_func_grad_and_vjp(sample: Sample) -> None:
 
 
 @pytest.mark.parametrize("sample", [s for s in TYPICAL if s.operator != "roi_crop"], ids=str)
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"]
+)
 def test_forward_mode_agrees_with_reverse_mode(sample: Sample, compiled: bool) -> None:
     tensors = {k: t for k, t in sample.inputs(requires_grad=False).items() if t is not None}
     tangents = {k: torch.randn_like(t) for k, t in tensors.items()}
