@@ -72,6 +72,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kEnoughItems = 16;  // below, the forward also splits the ROIs of an image
+constexpr int64_t kCachedBytes = 40 << 10;
 constexpr int kWantFeatures = 1, kWantRois = 2;
 
 template <class T>
@@ -217,54 +218,80 @@ class Worker {
         map_layout_{channels_last, channels_last ? s.channels : s.height * s.width, tile_of(s, channels_last)},
         crop_layout_{channels_last, channels_last ? s.channels : s.out_height * s.out_width, map_layout_.tile} {}
 
-  // ROIs [begin, end) of one image; `image` and `out` begin at the tile's first channel, out at the image's first ROI.
-  void forward(int64_t b, int64_t begin, int64_t end, int64_t channels, const T* image, T* out) {
-    const int64_t area = s_.out_height * s_.out_width;
+  // Channels [first, last) of ROIs [begin, end) of image b.
+  void forward(int64_t b, int64_t begin, int64_t end, int64_t first, int64_t last, const T* features, T* out) {
     prepare(b, begin, end);
-    A* map = reserve(map_, framed_pixels());
-    A* staging = reserve(staging_, area);
-    AUFAST_PICK(read_window<T>)(image, map_layout_, channels, s_, window_, map);
+    const int64_t tile = map_layout_.tile, tiles = (last - first + tile - 1) / tile, size = framed_pixels() * tile;
+    A* map = reserve(map_, tiles * framed_pixels());
+    A* staging = reserve(staging_, s_.out_height * s_.out_width);
+    for (int64_t k = 0; k < tiles; ++k) read(features, b, first + k * tile, last, map + k * size);
     const auto crop = AUFAST_PICK(crop<T>);
     for (int64_t n = begin; n < end; ++n) {
       const Taps<A> taps = geometry_[b * s_.rois + n];
-      T* to = out + n * s_.channels * area;
-      if (!taps.finite) {
-        fill_not_finite(to, channels);
-      } else {
-        const T* next = n + 1 < end ? to + s_.channels * area : to;
-        crop(map, to, next, crop_layout_, channels, s_, taps, offsets_of(n - begin, taps), staging);
+      for (int64_t k = 0; k < tiles; ++k) {
+        const int64_t c = first + k * tile, channels = std::min(tile, last - c);
+        T* to = out + crop_offset(b, n, c);
+        const T* next = k + 1 < tiles ? out + crop_offset(b, n, c + tile) : n + 1 < end ? out + crop_offset(b, n + 1, first) : to;
+        if (taps.finite) {
+          crop(map + k * size, to, next, crop_layout_, channels, s_, taps, offsets_of(n - begin, taps), staging);
+        } else {
+          fill_not_finite(to, channels);
+        }
       }
     }
   }
 
-  // All ROIs of one image. The terms of ROI n go to terms + n * terms_stride.
-  void backward(int64_t b, int64_t channels, const T* grad, const T* image, T* grad_image, double* terms, int64_t terms_stride) {
-    const int64_t area = s_.out_height * s_.out_width;
+  // Channels [first, last) of all ROIs of image b. The terms of ROI n and of the range's k-th tile go to
+  // terms + n * terms_stride + k * kTerms.
+  void backward(int64_t b, int64_t first, int64_t last, const T* grad, const T* features, T* grad_features, double* terms,
+                int64_t terms_stride) {
     prepare(b, 0, s_.rois);
-    A* map = reserve(map_, terms ? framed_pixels() : 0);
-    A* sum = grad_image ? reserve(sum_, framed_pixels()) : nullptr;
-    A* staging = reserve(staging_, std::max(area, s_.width));
-    if (terms) AUFAST_PICK(read_window<T>)(image, map_layout_, channels, s_, window_, map);
-    if (sum) std::fill_n(sum, framed_pixels() * map_layout_.tile, A(0));
+    const int64_t tile = map_layout_.tile, tiles = (last - first + tile - 1) / tile, size = framed_pixels() * tile;
+    A* map = reserve(map_, terms ? tiles * framed_pixels() : 0);
+    A* sum = grad_features ? reserve(sum_, tiles * framed_pixels()) : nullptr;
+    A* staging = reserve(staging_, std::max(s_.out_height * s_.out_width, s_.width));
+    for (int64_t k = 0; terms && k < tiles; ++k) read(features, b, first + k * tile, last, map + k * size);
+    if (sum) std::fill_n(sum, tiles * size, A(0));
     const auto crop_backward = AUFAST_PICK(crop_backward<T>);
     for (int64_t n = 0; n < s_.rois; ++n) {
       const Taps<A> taps = geometry_[b * s_.rois + n];
-      double* result = terms ? terms + n * terms_stride : nullptr;
-      if (!taps.finite) {
-        if (result) std::fill_n(result, kTerms, 0.0);
-      } else {
-        const T* from = grad + n * s_.channels * area;
-        const T* next = n + 1 < s_.rois ? from + s_.channels * area : from;
-        crop_backward(from, next, crop_layout_, channels, map, sum, result, s_, taps, offsets_of(n, taps), staging);
+      for (int64_t k = 0; k < tiles; ++k) {
+        double* result = terms ? terms + n * terms_stride + k * kTerms : nullptr;
+        const int64_t c = first + k * tile, channels = std::min(tile, last - c);
+        const T* from = grad + crop_offset(b, n, c);
+        const T* next = k + 1 < tiles ? grad + crop_offset(b, n, c + tile) : n + 1 < s_.rois ? grad + crop_offset(b, n + 1, first) : from;
+        if (taps.finite) {
+          crop_backward(from, next, crop_layout_, channels, map + k * size, sum ? sum + k * size : nullptr, result, s_, taps,
+                        offsets_of(n, taps), staging);
+        } else if (result) {
+          std::fill_n(result, kTerms, 0.0);
+        }
       }
     }
     if (!sum) return;
-    std::fill_n(staging, s_.width * map_layout_.tile, A(0));
-    AUFAST_PICK(write_map<T>)(sum, map_layout_, channels, s_, window_, staging, grad_image);
+    std::fill_n(staging, s_.width * tile, A(0));
+    for (int64_t k = 0; k < tiles; ++k) {
+      const int64_t c = first + k * tile;
+      AUFAST_PICK(write_map<T>)
+      (sum + k * size, map_layout_, std::min(tile, last - c), s_, window_, staging, grad_features + map_offset(b, c));
+    }
   }
 
  private:
   int64_t framed_pixels() const { return (window_.rows() + 2) * (window_.columns() + 2); }
+
+  int64_t map_offset(int64_t b, int64_t c) const {
+    return b * s_.channels * s_.height * s_.width + c * (map_layout_.channels_last ? 1 : map_layout_.stride);
+  }
+  int64_t crop_offset(int64_t b, int64_t n, int64_t c) const {
+    return (b * s_.rois + n) * s_.channels * s_.out_height * s_.out_width +
+           c * (crop_layout_.channels_last ? 1 : crop_layout_.stride);
+  }
+
+  void read(const T* features, int64_t b, int64_t first, int64_t last, A* map) const {
+    const int64_t channels = std::min(map_layout_.tile, last - first);
+    AUFAST_PICK(read_window<T>)(features + map_offset(b, first), map_layout_, channels, s_, window_, map);
+  }
 
   // Window and offsets of the ROIs [begin, end) of image b; the next tile of the same image finds them done.
   void prepare(int64_t b, int64_t begin, int64_t end) {
@@ -342,21 +369,31 @@ class Worker {
   std::vector<A> map_, sum_, staging_;
 };
 
+// How the channels are cut. A range of several tiles goes through one ROI after the other, so that crops are long runs of
+// memory; it has as many as stay in the first cache together, and no more than leave enough items for all cores.
+struct Cut {
+  int64_t tile, tiles, range, ranges;
+
+  Cut(const Shape& s, bool channels_last, int64_t element) : tile(tile_of(s, channels_last)), tiles((s.channels + tile - 1) / tile) {
+    const int64_t cached = kCachedBytes / ((s.height + 2) * (s.width + 2) * tile * element);
+    range = tile * std::clamp<int64_t>(cached, 1, std::max<int64_t>(1, s.batch * tiles / kEnoughItems));
+    ranges = (s.channels + range - 1) / range;
+  }
+};
+
 // T is the storage type; uint16_t stands for bfloat16.
 template <class T, class R>
 void forward(const T* features, const R* rois, T* out, const Shape& s, bool channels_last) {
   const Geometry<accumulator<T>> geometry(rois, s);
-  const int64_t map = s.height * s.width, area = s.out_height * s.out_width, tile = tile_of(s, channels_last), tiles = (s.channels + tile - 1) / tile;
-  const int64_t groups = std::clamp<int64_t>(kEnoughItems / (s.batch * tiles), 1, s.rois);
-  const int64_t grain = grain_of(tile * area * s.rois / groups);
-  torch::stable::parallel_for(0, s.batch * tiles * groups, grain, [&](int64_t begin, int64_t end) {
+  const Cut cut(s, channels_last, sizeof(accumulator<T>));
+  const int64_t groups = std::clamp<int64_t>(kEnoughItems / (s.batch * cut.ranges), 1, s.rois);
+  const int64_t grain = grain_of(cut.range * s.out_height * s.out_width * s.rois / groups);
+  torch::stable::parallel_for(0, s.batch * cut.ranges * groups, grain, [&](int64_t begin, int64_t end) {
     Worker<T> worker(s, geometry, channels_last);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t b = item / (tiles * groups), group = item % groups, first = item / groups % tiles * tile;
-      const T* image = features + b * s.channels * map + first * (channels_last ? 1 : map);
-      T* crops = out + b * s.rois * s.channels * area + first * (channels_last ? 1 : area);
-      worker.forward(b, group * s.rois / groups, (group + 1) * s.rois / groups, std::min<int64_t>(tile, s.channels - first),
-                     image, crops);
+      const int64_t b = item / (cut.ranges * groups), group = item / cut.ranges % groups, first = item % cut.ranges * cut.range;
+      worker.forward(b, group * s.rois / groups, (group + 1) * s.rois / groups, first, std::min(first + cut.range, s.channels),
+                     features, out);
     }
   });
 }
@@ -384,20 +421,18 @@ template <class T, class R>
 void backward(const T* grad, const T* features, const R* rois, T* grad_features, R* grad_rois, const Shape& s,
               bool channels_last) {
   const Geometry<accumulator<T>> geometry(rois, s);
-  const int64_t map = s.height * s.width, area = s.out_height * s.out_width, tile = tile_of(s, channels_last), tiles = (s.channels + tile - 1) / tile;
-  std::vector<double> terms(grad_rois ? s.batch * s.rois * tiles * kTerms : 0);
-  torch::stable::parallel_for(0, s.batch * tiles, grain_of(tile * area * s.rois), [&](int64_t begin, int64_t end) {
+  const Cut cut(s, channels_last, 2 * sizeof(accumulator<T>));
+  std::vector<double> terms(grad_rois ? s.batch * s.rois * cut.tiles * kTerms : 0);
+  const int64_t grain = grain_of(cut.range * s.out_height * s.out_width * s.rois);
+  torch::stable::parallel_for(0, s.batch * cut.ranges, grain, [&](int64_t begin, int64_t end) {
     Worker<T> worker(s, geometry, channels_last);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t b = item / tiles, k = item % tiles, first = k * tile;
-      const int64_t image = b * s.channels * map + first * (channels_last ? 1 : map);
-      const int64_t crops = b * s.rois * s.channels * area + first * (channels_last ? 1 : area);
-      worker.backward(b, std::min<int64_t>(tile, s.channels - first), grad + crops, features + image,
-                      grad_features ? grad_features + image : nullptr,
-                      grad_rois ? terms.data() + (b * s.rois * tiles + k) * kTerms : nullptr, tiles * kTerms);
+      const int64_t b = item / cut.ranges, first = item % cut.ranges * cut.range;
+      double* to = grad_rois ? terms.data() + (b * s.rois * cut.tiles + first / cut.tile) * kTerms : nullptr;
+      worker.backward(b, first, std::min(first + cut.range, s.channels), grad, features, grad_features, to, cut.tiles * kTerms);
     }
   });
-  if (grad_rois) finish_rois(terms.data(), tiles, s, grad_rois);
+  if (grad_rois) finish_rois(terms.data(), cut.tiles, s, grad_rois);
 }
 
 // Dense in the order batch, height, width, channels, and not also in the default order.
