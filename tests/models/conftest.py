@@ -9,10 +9,9 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+def _one_thread() -> Iterator[None]:
     """Small models run on one thread: waiting for a second one costs more than it brings."""
     threads = torch.get_num_threads()
-    if request.node.get_closest_marker("slow") is None:
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
