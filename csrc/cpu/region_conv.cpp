@@ -1,0 +1,309 @@
+// Region convolution on the CPU: every patch of an n×n grid has its own 3×3 filters, and the ReLU(x·scale + shift) in front
+// of them is applied while the patch is loaded.
+//
+// Forward: a work item is one patch of one image; consecutive items share the packed filters of their patch. Backward: a
+// work item is one patch of all images, summed in their order, so that no sum depends on the number of threads.
+// docs/operators/region_conv.md derives the backward.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#include "isa.h"
+
+namespace {
+
+struct Grid {
+  int64_t batch, in, out, height, width, patches, rows, columns;  // n×n patches of rows×columns pixels
+  bool channels_last;
+};
+
+// Elements from channel to channel, row to row and pixel to pixel of a map.
+struct View {
+  int64_t channel, row, pixel;
+};
+
+}  // namespace
+
+#define AUFAST_KERNELS "region_conv.inc"
+#include "foreach_isa.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int kWantX = 1, kWantWeight = 2, kWantBias = 4, kWantScale = 8, kWantShift = 16;
+
+template <class T>
+using accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+View view_of(const Grid& g, int64_t channels) {
+  if (g.channels_last) return {1, g.width * channels, channels};
+  return {g.height * g.width, g.width, 1};
+}
+
+// Where patch `index` of image b begins.
+int64_t origin(const Grid& g, const View& view, int64_t channels, int64_t b, int64_t index) {
+  const int64_t y = index / g.patches * g.rows, x = index % g.patches * g.columns;
+  return b * channels * g.height * g.width + y * view.row + x * view.pixel;
+}
+
+// The arguments of a call; absent ones are null.
+template <class T>
+struct Operands {
+  const T *x, *weight, *bias, *scale, *shift;
+};
+
+template <class T>
+std::vector<accumulator<T>> packed_filters(const Grid& g, const T* weight, bool turned) {
+  const int64_t block = AUFAST_PICK(filters_per_block)(), filters = turned ? g.in : g.out, depth = turned ? g.out : g.in;
+  std::vector<accumulator<T>> packed((filters + block - 1) / block * block * depth * 9);
+  AUFAST_PICK(pack_filters<T>)(weight, g.out, g.in, turned, packed.data());
+  return packed;
+}
+
+template <class T>
+accumulator<T> widen(T value) {
+  return AUFAST_PICK(element<T>)(&value);
+}
+
+template <class T>
+void forward(const Operands<T>& a, T* out, const Grid& g) {
+  using A = accumulator<T>;
+  const View from = view_of(g, g.in), to = view_of(g, g.out);
+  const int64_t block = AUFAST_PICK(filters_per_block)();
+  const int64_t plane = AUFAST_PICK(plane_size<T>)(g), flat = AUFAST_PICK(result_size<T>)(g);
+  const auto load = AUFAST_PICK(load_patch<T>);
+  const auto convolve = AUFAST_PICK(convolve<T>);
+  const auto store = AUFAST_PICK(store_patch<T>);
+  torch::stable::parallel_for(0, g.patches * g.patches * g.batch, 1, [&](int64_t begin, int64_t end) {
+    std::vector<A> planes(g.in * plane), packed, result(block * flat), bias(block);
+    int64_t packed_for = -1;
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t index = item / g.batch, b = item % g.batch;
+      if (index != packed_for) packed = packed_filters(g, a.weight + index * g.out * g.in * 9, false);
+      packed_for = index;
+      load(a.x + origin(g, from, g.in, b, index), from, g.in, g, a.scale ? a.scale + index * g.in : nullptr,
+           a.shift ? a.shift + index * g.in : nullptr, planes.data());
+      for (int64_t first = 0; first < g.out; first += block) {
+        const int64_t filters = std::min(block, g.out - first);
+        for (int64_t f = 0; a.bias && f < filters; ++f) bias[f] = widen(a.bias[index * g.out + first + f]);
+        convolve(planes.data(), g, g.in, packed.data() + first * g.in * 9, bias.data(), result.data());
+        store(result.data(), to, filters, g, out + origin(g, to, g.out, b, index) + first * to.channel);
+      }
+    }
+  });
+}
+
+// Where the gradients go; unwanted ones are null.
+template <class T>
+struct Gradients {
+  T *x, *weight, *bias, *scale, *shift;
+};
+
+// All images of one patch.
+template <class T>
+class BackwardItem {
+ public:
+  using A = accumulator<T>;
+
+  explicit BackwardItem(const Grid& g)
+      : g_(g),
+        block_(AUFAST_PICK(filters_per_block)()),
+        plane_(AUFAST_PICK(plane_size<T>)(g)),
+        planes_(g.in * plane_),
+        grad_(g.out * plane_),
+        result_(block_ * AUFAST_PICK(result_size<T>)(g)),
+        zero_bias_(block_),
+        filter_sum_(AUFAST_PICK(filter_sum_size<T>)(g.out, g.in)),
+        bias_sum_(g.out),
+        input_sums_(2 * g.in) {}
+
+  void run(const T* grad, const Operands<T>& a, const Gradients<T>& to, int64_t index) {
+    const View from = view_of(g_, g_.in), out = view_of(g_, g_.out);
+    const T* weight = a.weight + index * g_.out * g_.in * 9;
+    const T* scale = a.scale ? a.scale + index * g_.in : nullptr;
+    const T* shift = a.shift ? a.shift + index * g_.in : nullptr;
+    const bool through_filters = to.x || to.scale || to.shift;
+    if (through_filters) packed_ = packed_filters(g_, weight, true);
+    std::fill(filter_sum_.begin(), filter_sum_.end(), A(0));
+    std::fill(bias_sum_.begin(), bias_sum_.end(), 0.0);
+    std::fill(input_sums_.begin(), input_sums_.end(), 0.0);
+    for (int64_t b = 0; b < g_.batch; ++b) {
+      const int64_t patch = origin(g_, from, g_.in, b, index);
+      AUFAST_PICK(load_patch<T>)
+      (grad + origin(g_, out, g_.out, b, index), out, g_.out, g_, nullptr, nullptr, grad_.data());
+      AUFAST_PICK(load_patch<T>)(a.x + patch, from, g_.in, g_, scale, shift, planes_.data());
+      if (to.weight) add_filters();
+      if (to.bias) AUFAST_PICK(add_bias_gradient<T>)(grad_.data(), g_, g_.out, bias_sum_.data());
+      if (through_filters) add_inputs(a.x + patch, from, scale, to.x ? to.x + patch : nullptr);
+    }
+    if (to.weight) AUFAST_PICK(finish_filter_gradient<T>)(filter_sum_.data(), g_.out, g_.in, to.weight + index * g_.out * g_.in * 9);
+    if (to.bias) narrow(bias_sum_.data(), g_.out, to.bias + index * g_.out);
+    if (to.scale) narrow(input_sums_.data(), g_.in, to.scale + index * g_.in);
+    if (to.shift) narrow(input_sums_.data() + g_.in, g_.in, to.shift + index * g_.in);
+  }
+
+ private:
+  void add_filters() {
+    for (int64_t first = 0; first < g_.out; first += block_) {
+      AUFAST_PICK(add_filter_gradient<T>)
+      (grad_.data() + first * plane_, planes_.data(), g_, g_.in, std::min(block_, g_.out - first),
+       filter_sum_.data() + AUFAST_PICK(filter_sum_size<T>)(first, g_.in));
+    }
+  }
+
+  void add_inputs(const T* x, const View& view, const T* scale, T* to) {
+    for (int64_t first = 0; first < g_.in; first += block_) {
+      AUFAST_PICK(convolve<T>)
+      (grad_.data(), g_, g_.out, packed_.data() + first * g_.out * 9, zero_bias_.data(), result_.data());
+      AUFAST_PICK(finish_patch<T>)
+      (result_.data(), planes_.data() + first * plane_, x + first * view.channel, view, g_, std::min(block_, g_.in - first),
+       scale ? scale + first : nullptr, g_.in, input_sums_.data() + first, to ? to + first * view.channel : nullptr);
+    }
+  }
+
+  static void narrow(const double* from, int64_t count, T* to) {
+    for (int64_t i = 0; i < count; ++i) AUFAST_PICK(put<T>)(to + i, static_cast<A>(from[i]));
+  }
+
+  const Grid& g_;
+  int64_t block_, plane_;
+  std::vector<A> planes_, grad_, result_, zero_bias_, filter_sum_, packed_;
+  std::vector<double> bias_sum_, input_sums_;
+};
+
+// Dense in the order batch, height, width, channels, and not also in the default order.
+bool is_channels_last(const Tensor& x) {
+  if (x.is_contiguous()) return false;
+  int64_t expected = 1;
+  for (int dim : {1, 3, 2, 0}) {
+    if (x.size(dim) != 1 && x.stride(dim) != expected) return false;
+    expected *= x.size(dim);
+  }
+  return true;
+}
+
+Grid grid_of(const Tensor& x, const Tensor& weight) {
+  STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 6 && weight.size(3) == x.size(1), "region_conv: wrong shapes");
+  const int64_t n = weight.size(0);
+  STD_TORCH_CHECK(n > 0 && weight.size(1) == n && x.size(2) % n == 0 && x.size(3) % n == 0, "region_conv: wrong grid");
+  return {x.size(0), x.size(1), weight.size(2), x.size(2), x.size(3), n, x.size(2) / n, x.size(3) / n, is_channels_last(x)};
+}
+
+// A map in the wanted memory order: itself, or a copy.
+Tensor in_order(const Tensor& map, bool channels_last) {
+  if (!channels_last) return torch::stable::contiguous(map);
+  Tensor last = torch::stable::transpose(torch::stable::transpose(map, 1, 2), 2, 3);  // (B, H, W, C)
+  last = torch::stable::contiguous(last);
+  return torch::stable::transpose(torch::stable::transpose(last, 2, 3), 1, 2);  // (B, C, H, W)
+}
+
+Tensor new_map(const Tensor& like, const Grid& g, int64_t channels) {
+  if (!g.channels_last) return torch::stable::new_empty(like, {g.batch, channels, g.height, g.width});
+  const Tensor last = torch::stable::new_empty(like, {g.batch, g.height, g.width, channels});
+  return torch::stable::transpose(torch::stable::transpose(last, 2, 3), 1, 2);
+}
+
+std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
+  if (!tensor) return std::nullopt;
+  return torch::stable::contiguous(*tensor);
+}
+
+std::optional<Tensor> converted(const std::optional<Tensor>& tensor, ScalarType type) {
+  if (!tensor) return std::nullopt;
+  return torch::stable::to(*tensor, type);
+}
+
+template <class T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+template <class T>
+T* data(const std::optional<Tensor>& tensor) {
+  return tensor ? static_cast<T*>(tensor->data_ptr()) : nullptr;
+}
+
+template <class Body>
+void dispatch(ScalarType type, const Body& body) {
+  switch (type) {
+    case ScalarType::Float: return body(float());
+    case ScalarType::Double: return body(double());
+    case ScalarType::BFloat16: return body(uint16_t());
+    default: STD_TORCH_CHECK(false, "region_conv: x must be float32, float64, bfloat16 or float16");
+  }
+}
+
+using Maybe = std::optional<Tensor>;
+
+Tensor region_conv(Tensor x, Tensor weight, Maybe bias, Maybe scale, Maybe shift) {
+  if (x.scalar_type() == ScalarType::Half) {
+    const auto wide = ScalarType::Float;
+    return torch::stable::to(region_conv(torch::stable::to(x, wide), torch::stable::to(weight, wide), converted(bias, wide),
+                                         converted(scale, wide), converted(shift, wide)),
+                             ScalarType::Half);
+  }
+  const Grid g = grid_of(x, weight);
+  x = in_order(x, g.channels_last);
+  weight = torch::stable::contiguous(weight);
+  bias = dense(bias);
+  scale = dense(scale);
+  shift = dense(shift);
+  Tensor out = new_map(x, g, g.out);
+  dispatch(x.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    forward<T>({data<T>(x), data<T>(weight), data<T>(bias), data<T>(scale), data<T>(shift)}, data<T>(out), g);
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> region_conv_backward(Tensor grad, Tensor x, Tensor weight, Maybe bias,
+                                                                         Maybe scale, Maybe shift, int64_t needs) {
+  if (x.scalar_type() == ScalarType::Half) {
+    const auto wide = ScalarType::Float;
+    const auto half = [](const Tensor& t) { return torch::stable::to(t, ScalarType::Half); };
+    auto [d_x, d_weight, d_bias, d_scale, d_shift] = region_conv_backward(
+        torch::stable::to(grad, wide), torch::stable::to(x, wide), torch::stable::to(weight, wide), converted(bias, wide),
+        converted(scale, wide), converted(shift, wide), needs);
+    return {half(d_x), half(d_weight), half(d_bias), half(d_scale), half(d_shift)};
+  }
+  const Grid g = grid_of(x, weight);
+  grad = in_order(grad, g.channels_last);
+  x = in_order(x, g.channels_last);
+  weight = torch::stable::contiguous(weight);
+  scale = dense(scale);
+  shift = dense(shift);
+  const Maybe parameters[] = {weight, bias, scale, shift};
+  Tensor results[] = {needs & kWantX ? new_map(x, g, g.in) : torch::stable::new_empty(x, {0}), x, x, x, x};
+  bool wanted[5] = {(needs & kWantX) != 0};
+  for (int k = 1; k < 5; ++k) {
+    wanted[k] = parameters[k - 1] && (needs >> k & 1);
+    results[k] = wanted[k] ? torch::stable::new_empty(x, parameters[k - 1]->sizes()) : torch::stable::new_empty(x, {0});
+  }
+  dispatch(x.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    const auto to = [&](int k) { return wanted[k] ? data<T>(results[k]) : nullptr; };
+    const Operands<T> a{data<T>(x), data<T>(weight), nullptr, data<T>(scale), data<T>(shift)};
+    const Gradients<T> gradients{to(0), to(1), to(2), to(3), to(4)};
+    torch::stable::parallel_for(0, g.patches * g.patches, 1, [&](int64_t begin, int64_t end) {
+      BackwardItem<T> work(g);
+      for (int64_t index = begin; index < end; ++index) work.run(data<T>(grad), a, gradients, index);
+    });
+  });
+  return {results[0], results[1], results[2], results[3], results[4]};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(aufast, CPU, m) {
+  m.impl("region_conv", TORCH_BOX(&region_conv));
+  m.impl("region_conv_backward", TORCH_BOX(&region_conv_backward));
+}
