@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 import aufast
 from aufast.ops.registration import image_format
@@ -26,20 +27,30 @@ def test_float64(sample: Sample, way: str, poisoned_empty: None) -> None:
     assert_same(run(ways(sample)[way], sample.inputs()), truth, 1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def truth_of(sample: Sample, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What exact arithmetic makes of the arguments rounded to `dtype`."""
+    rounded = sample.inputs(dtype, requires_grad=False)
+    exact = {k: None if t is None else t.double().requires_grad_() for k, t in rounded.items()}
+    return run(ways(sample)["reference"], exact)
+
+
+@pytest.mark.parametrize(("sample", "way"), PAIRS)
+def test_float32(sample: Sample, way: str) -> None:
+    """Forty roundings: room for short sums and for exponentials a few units in the last place off."""
+    actual = run(ways(sample)[way], sample.inputs(torch.float32))
+    assert_same(actual, truth_of(sample, torch.float32), 40 * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("sample", "way"), PAIRS)
 def test_low_precision_is_at_most_twice_as_far_from_the_truth_as_the_definition(
     sample: Sample, way: str, dtype: torch.dtype
 ) -> None:
-    inputs = sample.inputs(dtype)
-    exact = {k: None if t is None else t.detach().double().requires_grad_() for k, t in inputs.items()}
-    truth = run(ways(sample)["reference"], exact)
+    """The definition's largest error of the call is the measure: of four numbers, one can be lucky."""
+    truth = truth_of(sample, dtype)
     definition, actual = (run(ways(sample)[name], sample.inputs(dtype)) for name in ("reference", way))
-    for name in truth:
-        assert actual[name].dtype == definition[name].dtype
-        allowed = 2 * relative_error(definition[name], truth[name]) + 4 * torch.finfo(torch.float32).eps
-        error = relative_error(actual[name], truth[name])
-        assert error <= allowed, f"{name}: relative error {error:.2e} is above {allowed:.2e}"
+    assert [t.dtype for t in actual.values()] == [t.dtype for t in definition.values()]
+    assert_same(actual, truth, 2 * max(relative_error(definition[name], truth[name]) for name in truth))
 
 
 @pytest.mark.parametrize(("sample", "way"), PAIRS)
