@@ -373,7 +373,8 @@ class MARGL(Pretrained):
         """
         boxes = []
         for level, side in zip(self._levels, self.level_sizes, strict=True):
-            points = centers.flatten(1, 2) * (side / self.config.image_size)  # (B, 2m, 2)
+            # Boxes are continuous: the middle of pixel x lies at x + 1/2.
+            points = (centers.flatten(1, 2) + 0.5) * (side / self.config.image_size)  # (B, 2m, 2)
             half = self.config.roi_sizes[level] / 2
             boxes.append(torch.cat([points - half, points + half], dim=-1))  # (B, 2m, 4)
         return tuple(boxes)
@@ -383,7 +384,7 @@ class MARGL(Pretrained):
 
         Args:
             images: (B, 3, S, S), S being `config.image_size`, in the model's dtype.
-            centers: (B, 2, m, 2) AU centres (x, y) in input pixels, float32 or float64, the image-left half
+            centers: (B, 2, m, 2) AU centres (x, y), pixel x's middle at x, float32 or float64, the image-left half
                 first; "resnet18" needs none.
 
         Returns:

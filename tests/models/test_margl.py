@@ -16,8 +16,8 @@ from tests.models.examples import AUS, inputs, randomize, small
 def test_initial_boxes_are_the_papers_squares_around_the_centres():
     model = MARGL(MARGLConfig(), device="meta")
     centers = torch.zeros(1, 2, 12, 2)
-    centers[0, 0, 3] = torch.tensor([48.0, 96.0])
-    centers[0, 1, 3] = torch.tensor([144.0, 80.0])
+    centers[0, 0, 3] = torch.tensor([47.5, 95.5])
+    centers[0, 1, 3] = torch.tensor([143.5, 79.5])
     boxes = model.initial_rois(centers)
     expected = {0: [1, 7, 11, 17], 1: [0.5, 3.5, 5.5, 8.5], 2: [0.5, 2, 2.5, 4]}
     assert model.level_sizes == (24, 12, 6)
@@ -44,7 +44,7 @@ def test_fixed_boxes_stay_and_adaptive_ones_move():
 
 
 def test_single_level_is_a_choice():
-    centers = torch.full((1, 2, 3, 2), 32.0)
+    centers = torch.full((1, 2, 3, 2), 31.5)  # the middle of 64 pixels
     sides = {"layer2": 8, "layer3": 4, "layer4": 2}
     for level, side in sides.items():
         model = small("aroi", single_level=level)
