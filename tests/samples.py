@@ -112,8 +112,8 @@ def run(
 def relative_error(actual: Tensor, truth: Tensor) -> float:
     """Norm of the difference over that of the truth; NaN must stand where NaN stands.
 
-    The samples' numbers are of order one, so a truth below 1e-12 is a zero that was not met exactly: the error
-    is then the difference itself.
+    The samples' numbers are of order one, so a truth below 1e-12 is a zero not met exactly: the error is then
+    the difference itself.
     """
     actual, truth = actual.detach().double(), truth.detach().double()
     assert actual.shape == truth.shape
