@@ -384,8 +384,8 @@ class MARGL(Pretrained):
 
         Args:
             images: (B, 3, S, S), S being `config.image_size`, in the model's dtype.
-            centers: (B, 2, m, 2) AU centres (x, y), pixel x's middle at x, float32 or float64, the image-left half
-                first; "resnet18" needs none.
+            centers: (B, 2, m, 2) AU centres (x, y) in input pixels, the middle of pixel x at x, float32 or
+                float64, the image-left half first; "resnet18" needs none.
 
         Returns:
             Probabilities, boxes and logits.
