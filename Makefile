@@ -56,8 +56,9 @@ test: $(VENV)/.built
 	$(PYTEST) -m ''
 
 bench: $(VENV)/.built
-	$(PYTEST) benchmarks --benchmark-only
-	$(PY) -m benchmarks.table
+	@mkdir -p build
+	$(PYTEST) benchmarks --benchmark-only --benchmark-quiet --benchmark-json=build/bench.json
+	$(PY) -m benchmarks.table build/bench.json --save benchmarks/results/local/$$(date +%Y%m%d-%H%M%S).json
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/pre-commit run --all-files

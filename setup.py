@@ -234,7 +234,15 @@ def count(sources: tuple[Path, ...]) -> str:
 def cpu_library(torch: Torch, sources: tuple[Path, ...]) -> Library:
     command, compiler = find_compiler()
     flags = [STANDARD, "-fPIC", "-fvisibility=hidden", TARGET]
-    flags += ["-Wall", "-Wno-psabi", "-isystem", str(torch.folder / "include")]
+    # GCC's own vector headers read a value before setting it (their way to say "any value"), and -Wall says so.
+    flags += [
+        "-Wall",
+        "-Wno-psabi",
+        "-Wno-maybe-uninitialized",
+        "-Wno-uninitialized",
+        "-isystem",
+        str(torch.folder / "include"),
+    ]
     flags += ["-O0", "-g"] if flag("DEBUG") else ["-O3", "-DNDEBUG"]
     # Nothing is exported, so that no template compiled for one CPU can ever stand in for another library's.
     link_flags = ["-Wl,--version-script=hidden.map", f"-L{torch.folder / 'lib'}", "-ltorch_cpu"]
