@@ -1,4 +1,4 @@
-"""The compiled CPU kernels of roi_crop and region_conv: sizes, formats, degenerate regions, threads, levels."""
+"""The compiled CPU kernels of roi_crop and region_conv: sizes, formats, odd regions, threads, levels."""
 
 from __future__ import annotations
 
