@@ -234,7 +234,7 @@ def count(sources: tuple[Path, ...]) -> str:
 def cpu_library(torch: Torch, sources: tuple[Path, ...]) -> Library:
     command, compiler = find_compiler()
     flags = [STANDARD, "-fPIC", "-fvisibility=hidden", TARGET]
-    # GCC's own vector headers read a value before setting it (their way to say "any value"), and -Wall says so.
+    # GCC's own vector headers read a value before setting it, their way to say "any value".
     flags += [
         "-Wall",
         "-Wno-psabi",
