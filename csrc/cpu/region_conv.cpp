@@ -120,7 +120,8 @@ class BackwardItem {
         block_(AUFAST_PICK(filters_per_block)()),
         plane_(AUFAST_PICK(plane_size<T>)(g)),
         planes_(g.in * plane_),
-        grad_(g.out * plane_),
+        grad_buffer_(g.out * plane_ + 2 * kLine),
+        grad_(on_lines(grad_buffer_.data(), g.columns + 3)),
         result_(block_ * AUFAST_PICK(result_size<T>)(g)),
         zero_bias_(block_),
         filter_sum_(AUFAST_PICK(filter_sum_size<T>)(g.out, g.in)),
@@ -140,10 +141,10 @@ class BackwardItem {
     for (int64_t b = 0; b < g_.batch; ++b) {
       const int64_t patch = origin(g_, from, g_.in, b, index);
       AUFAST_PICK(load_patch<T>)
-      (grad + origin(g_, out, g_.out, b, index), out, g_.out, g_, nullptr, nullptr, grad_.data());
+      (grad + origin(g_, out, g_.out, b, index), out, g_.out, g_, nullptr, nullptr, grad_);
       AUFAST_PICK(load_patch<T>)(a.x + patch, from, g_.in, g_, scale, shift, planes_.data());
       if (to.weight) add_filters();
-      if (to.bias) AUFAST_PICK(add_bias_gradient<T>)(grad_.data(), g_, g_.out, bias_sum_.data());
+      if (to.bias) AUFAST_PICK(add_bias_gradient<T>)(grad_, g_, g_.out, bias_sum_.data());
       if (through_filters) add_inputs(a.x + patch, from, scale, to.x ? to.x + patch : nullptr);
     }
     if (to.weight) AUFAST_PICK(finish_filter_gradient<T>)(filter_sum_.data(), g_.out, g_.in, to.weight + index * g_.out * g_.in * 9);
@@ -156,7 +157,7 @@ class BackwardItem {
   void add_filters() {
     for (int64_t first = 0; first < g_.out; first += block_) {
       AUFAST_PICK(add_filter_gradient<T>)
-      (grad_.data() + first * plane_, planes_.data(), g_, g_.in, std::min(block_, g_.out - first),
+      (grad_ + first * plane_, planes_.data(), g_, g_.in, std::min(block_, g_.out - first),
        filter_sum_.data() + AUFAST_PICK(filter_sum_size<T>)(first, g_.in));
     }
   }
@@ -164,11 +165,19 @@ class BackwardItem {
   void add_inputs(const T* x, const View& view, const T* scale, T* to) {
     for (int64_t first = 0; first < g_.in; first += block_) {
       AUFAST_PICK(convolve<T>)
-      (grad_.data(), g_, g_.out, packed_.data() + first * g_.out * 9, zero_bias_.data(), result_.data());
+      (grad_, g_, g_.out, packed_.data() + first * g_.out * 9, zero_bias_.data(), result_.data());
       AUFAST_PICK(finish_patch<T>)
       (result_.data(), planes_.data() + first * plane_, x + first * view.channel, view, g_, std::min(block_, g_.in - first),
        scale ? scale + first : nullptr, g_.in, input_sums_.data() + first, to ? to + first * view.channel : nullptr);
     }
+  }
+
+  static constexpr int64_t kLine = 64 / sizeof(A);
+
+  // Planes whose first pixel, `offset` elements in, begins a cache line.
+  static A* on_lines(A* buffer, int64_t offset) {
+    const int64_t past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(buffer + offset) / sizeof(A) % kLine);
+    return buffer + (kLine - past) % kLine;
   }
 
   static void narrow(const double* from, int64_t count, T* to) {
@@ -177,7 +186,9 @@ class BackwardItem {
 
   const Grid& g_;
   int64_t block_, plane_;
-  std::vector<A> planes_, grad_, result_, zero_bias_, filter_sum_, packed_;
+  std::vector<A> planes_, grad_buffer_;
+  A* grad_;
+  std::vector<A> result_, zero_bias_, filter_sum_, packed_;
   std::vector<double> bias_sum_, input_sums_;
 };
 
