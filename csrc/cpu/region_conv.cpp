@@ -1,9 +1,9 @@
-// Region convolution on the CPU: every patch of an n×n grid has its own 3×3 filters, and the ReLU(x·scale + shift) in front
-// of them is applied while the patch is loaded.
+// Region convolution on the CPU: every patch of an n×n grid has its own 3×3 filters, and the ReLU(x·scale +
+// shift) in front of them is applied while the patch is loaded.
 //
-// Forward: a work item is one patch of one image; consecutive items share the packed filters of their patch. Backward: a
-// work item is one patch of all images, summed in their order, so that no sum depends on the number of threads.
-// docs/operators/region_conv.md derives the backward.
+// Forward: a work item is one patch of one image; consecutive items share the packed filters of their patch.
+// Backward: a work item is one patch of all images, summed in their order, so that no sum depends on the
+// number of threads. docs/operators/region_conv.md derives the backward.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -13,9 +13,9 @@
 #include <cstdint>
 #include <optional>
 #include <tuple>
-#include <type_traits>
 #include <vector>
 
+#include "image.h"
 #include "isa.h"
 
 namespace {
@@ -42,9 +42,6 @@ using torch::stable::Tensor;
 
 constexpr int kWantX = 1, kWantWeight = 2, kWantBias = 4, kWantScale = 8, kWantShift = 16;
 
-template <class T>
-using accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 View view_of(const Grid& g, int64_t channels) {
   if (g.channels_last) return {1, g.width * channels, channels};
   return {g.height * g.width, g.width, 1};
@@ -64,7 +61,8 @@ struct Operands {
 
 template <class T>
 std::vector<accumulator<T>> packed_filters(const Grid& g, const T* weight, bool turned) {
-  const int64_t block = AUFAST_PICK(filters_per_block)(), filters = turned ? g.in : g.out, depth = turned ? g.out : g.in;
+  const int64_t block = AUFAST_PICK(filters_per_block)(), filters = turned ? g.in : g.out,
+                depth = turned ? g.out : g.in;
   std::vector<accumulator<T>> packed((filters + block - 1) / block * block * depth * 9);
   AUFAST_PICK(pack_filters<T>)(weight, g.out, g.in, turned, packed.data());
   return packed;
@@ -147,7 +145,9 @@ class BackwardItem {
       if (to.bias) AUFAST_PICK(add_bias_gradient<T>)(grad_, g_, g_.out, bias_sum_.data());
       if (through_filters) add_inputs(a.x + patch, from, scale, to.x ? to.x + patch : nullptr);
     }
-    if (to.weight) AUFAST_PICK(finish_filter_gradient<T>)(filter_sum_.data(), g_.out, g_.in, to.weight + index * g_.out * g_.in * 9);
+    if (to.weight)
+      AUFAST_PICK(finish_filter_gradient<T>)(filter_sum_.data(), g_.out, g_.in,
+                                             to.weight + index * g_.out * g_.in * 9);
     if (to.bias) narrow(bias_sum_.data(), g_.out, to.bias + index * g_.out);
     if (to.scale) narrow(input_sums_.data(), g_.in, to.scale + index * g_.in);
     if (to.shift) narrow(input_sums_.data() + g_.in, g_.in, to.shift + index * g_.in);
@@ -167,8 +167,9 @@ class BackwardItem {
       AUFAST_PICK(convolve<T>)
       (grad_, g_, g_.out, packed_.data() + first * g_.out * 9, zero_bias_.data(), result_.data());
       AUFAST_PICK(finish_patch<T>)
-      (result_.data(), planes_.data() + first * plane_, x + first * view.channel, view, g_, std::min(block_, g_.in - first),
-       scale ? scale + first : nullptr, g_.in, input_sums_.data() + first, to ? to + first * view.channel : nullptr);
+      (result_.data(), planes_.data() + first * plane_, x + first * view.channel, view, g_,
+       std::min(block_, g_.in - first), scale ? scale + first : nullptr, g_.in, input_sums_.data() + first,
+       to ? to + first * view.channel : nullptr);
     }
   }
 
@@ -176,7 +177,8 @@ class BackwardItem {
 
   // Planes whose first pixel, `offset` elements in, begins a cache line.
   static A* on_lines(A* buffer, int64_t offset) {
-    const int64_t past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(buffer + offset) / sizeof(A) % kLine);
+    const int64_t past =
+        static_cast<int64_t>(reinterpret_cast<uintptr_t>(buffer + offset) / sizeof(A) % kLine);
     return buffer + (kLine - past) % kLine;
   }
 
@@ -192,22 +194,14 @@ class BackwardItem {
   std::vector<double> bias_sum_, input_sums_;
 };
 
-// Dense in the order batch, height, width, channels, and not also in the default order.
-bool is_channels_last(const Tensor& x) {
-  if (x.is_contiguous()) return false;
-  int64_t expected = 1;
-  for (int dim : {1, 3, 2, 0}) {
-    if (x.size(dim) != 1 && x.stride(dim) != expected) return false;
-    expected *= x.size(dim);
-  }
-  return true;
-}
-
 Grid grid_of(const Tensor& x, const Tensor& weight) {
-  STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 6 && weight.size(3) == x.size(1), "region_conv: wrong shapes");
+  STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 6 && weight.size(3) == x.size(1),
+                  "region_conv: wrong shapes");
   const int64_t n = weight.size(0);
-  STD_TORCH_CHECK(n > 0 && weight.size(1) == n && x.size(2) % n == 0 && x.size(3) % n == 0, "region_conv: wrong grid");
-  return {x.size(0), x.size(1), weight.size(2), x.size(2), x.size(3), n, x.size(2) / n, x.size(3) / n, is_channels_last(x)};
+  STD_TORCH_CHECK(n > 0 && weight.size(1) == n && x.size(2) % n == 0 && x.size(3) % n == 0,
+                  "region_conv: wrong grid");
+  return {x.size(0), x.size(1),     weight.size(2), x.size(2),          x.size(3),
+          n,         x.size(2) / n, x.size(3) / n,  is_channels_last(x)};
 }
 
 // A map in the wanted memory order: itself, or a copy.
@@ -235,10 +229,6 @@ std::optional<Tensor> converted(const std::optional<Tensor>& tensor, ScalarType 
 }
 
 template <class T>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.data_ptr());
-}
-template <class T>
 T* data(const std::optional<Tensor>& tensor) {
   return tensor ? static_cast<T*>(tensor->data_ptr()) : nullptr;
 }
@@ -246,10 +236,14 @@ T* data(const std::optional<Tensor>& tensor) {
 template <class Body>
 void dispatch(ScalarType type, const Body& body) {
   switch (type) {
-    case ScalarType::Float: return body(float());
-    case ScalarType::Double: return body(double());
-    case ScalarType::BFloat16: return body(uint16_t());
-    default: STD_TORCH_CHECK(false, "region_conv: x must be float32, float64, bfloat16 or float16");
+    case ScalarType::Float:
+      return body(float());
+    case ScalarType::Double:
+      return body(double());
+    case ScalarType::BFloat16:
+      return body(uint16_t());
+    default:
+      STD_TORCH_CHECK(false, "region_conv: x must be float32, float64, bfloat16 or float16");
   }
 }
 
@@ -258,9 +252,10 @@ using Maybe = std::optional<Tensor>;
 Tensor region_conv(Tensor x, Tensor weight, Maybe bias, Maybe scale, Maybe shift) {
   if (x.scalar_type() == ScalarType::Half) {
     const auto wide = ScalarType::Float;
-    return torch::stable::to(region_conv(torch::stable::to(x, wide), torch::stable::to(weight, wide), converted(bias, wide),
-                                         converted(scale, wide), converted(shift, wide)),
-                             ScalarType::Half);
+    return torch::stable::to(
+        region_conv(torch::stable::to(x, wide), torch::stable::to(weight, wide), converted(bias, wide),
+                    converted(scale, wide), converted(shift, wide)),
+        ScalarType::Half);
   }
   const Grid g = grid_of(x, weight);
   x = in_order(x, g.channels_last);
@@ -276,14 +271,15 @@ Tensor region_conv(Tensor x, Tensor weight, Maybe bias, Maybe scale, Maybe shift
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> region_conv_backward(Tensor grad, Tensor x, Tensor weight, Maybe bias,
-                                                                         Maybe scale, Maybe shift, int64_t needs) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> region_conv_backward(Tensor grad, Tensor x, Tensor weight,
+                                                                        Maybe bias, Maybe scale, Maybe shift,
+                                                                        int64_t needs) {
   if (x.scalar_type() == ScalarType::Half) {
     const auto wide = ScalarType::Float;
     const auto half = [](const Tensor& t) { return torch::stable::to(t, ScalarType::Half); };
     auto [d_x, d_weight, d_bias, d_scale, d_shift] = region_conv_backward(
-        torch::stable::to(grad, wide), torch::stable::to(x, wide), torch::stable::to(weight, wide), converted(bias, wide),
-        converted(scale, wide), converted(shift, wide), needs);
+        torch::stable::to(grad, wide), torch::stable::to(x, wide), torch::stable::to(weight, wide),
+        converted(bias, wide), converted(scale, wide), converted(shift, wide), needs);
     return {half(d_x), half(d_weight), half(d_bias), half(d_scale), half(d_shift)};
   }
   const Grid g = grid_of(x, weight);
@@ -297,7 +293,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> region_conv_backward(Tensor g
   bool wanted[5] = {(needs & kWantX) != 0};
   for (int k = 1; k < 5; ++k) {
     wanted[k] = parameters[k - 1] && (needs >> k & 1);
-    results[k] = wanted[k] ? torch::stable::new_empty(x, parameters[k - 1]->sizes()) : torch::stable::new_empty(x, {0});
+    results[k] = wanted[k] ? torch::stable::new_empty(x, parameters[k - 1]->sizes())
+                           : torch::stable::new_empty(x, {0});
   }
   dispatch(x.scalar_type(), [&](auto element) {
     using T = decltype(element);

@@ -1,44 +1,31 @@
-// Multi-ROI affine crop-and-resize on the CPU: affine_grid + bilinear grid_sample with zeros outside, and its gradients.
+// Multi-ROI affine crop-and-resize on the CPU: affine_grid + bilinear grid_sample with zeros outside, and its
+// gradients.
 //
-// Geometry is computed once per ROI, in double, and shared by all channels. A work item is one image and one tile of
-// channels (forward: and a group of ROIs). It brings the tile of the map into its own small buffer, where one pixel's
-// channels are a vector, takes every ROI from there, and alone writes its part of the crops or of the feature gradient:
-// nothing is atomic and no result depends on the number of threads. docs/operators/roi_crop.md derives the backward.
+// Geometry is computed once per ROI, in double, and shared by all channels. A work item is one image and one
+// tile of channels (forward: and a group of ROIs). It brings the tile of the map into its own small buffer,
+// where one pixel's channels are a vector, takes every ROI from there, and alone writes its part of the crops
+// or of the feature gradient: nothing is atomic and no result depends on the number of threads.
+// docs/operators/roi_crop.md derives the backward.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <tuple>
-#include <type_traits>
 #include <vector>
 
+#include "image.h"
 #include "isa.h"
+#include "roi_geometry.h"
 
 namespace {
 
-struct Shape {
-  int64_t batch, rois, channels, height, width, out_height, out_width;
-  bool boxes, align_corners;
-};
-
-// The taps of one ROI. Indices are map pixels, -1 or the map's size where outside. Separable: one entry per output column
-// and per output row, else one per output point in both. Normalised coordinates are affine_grid's, per column and row.
-template <class A>
-struct Taps {
-  const int32_t *x_lo, *x_hi, *y_lo, *y_hi;
-  const A *x_weight_lo, *x_weight_hi, *y_weight_lo, *y_weight_hi, *normal_x, *normal_y;
-  int64_t columns, rows;  // entries
-  bool finite, separable;
-};
-
-// How an image or a crop lies in memory: elements from plane to plane, or in channels_last from pixel to pixel; and the
-// channels of a work item, a multiple of every level's lanes. In planes they are few, so that the map stays in the first
-// cache; in channels_last many, so that memory is read and written in longer runs.
+// How an image or a crop lies in memory: elements from plane to plane, or in channels_last from pixel to
+// pixel; and the channels of a work item, a multiple of every level's lanes. In planes they are few, so that
+// the map stays in the first cache; in channels_last many, so that memory is read and written in longer runs.
 struct Layout {
   bool channels_last;
   int64_t stride, tile;
@@ -75,127 +62,6 @@ constexpr int64_t kEnoughItems = 16;  // below, the forward also splits the ROIs
 constexpr int64_t kCachedBytes = 40 << 10;
 constexpr int kWantFeatures = 1, kWantRois = 2;
 
-template <class T>
-using accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-// Half the number of pixels that the normalised interval [-1, 1] spans.
-double half_span(int64_t size, bool align_corners) { return 0.5 * static_cast<double>(align_corners ? size - 1 : size); }
-
-// ix = xx·x̂ + xy·ŷ + x0 in pixels of the map, iy alike.
-struct Region {
-  double xx, xy, x0, yx, yy, y0;
-  bool finite;
-};
-
-template <class A, class R>
-Region read_region(const R* roi, const Shape& s) {
-  const double half_w = half_span(s.width, s.align_corners), half_h = half_span(s.height, s.align_corners);
-  const double centre = s.align_corners ? 0.0 : -0.5;
-  if (s.boxes) {
-    const A a[4] = {static_cast<A>(roi[0]), static_cast<A>(roi[1]), static_cast<A>(roi[2]), static_cast<A>(roi[3])};
-    const double x1 = a[0], y1 = a[1], x2 = a[2], y2 = a[3], per_w = half_w / s.width, per_h = half_h / s.height;
-    // The definition judges the affine matrix, in the type it computes in: a box may overflow there.
-    const bool finite = std::isfinite(a[2] - a[0]) && std::isfinite(a[0] + a[2]) && std::isfinite(a[3] - a[1]) &&
-                        std::isfinite(a[1] + a[3]);
-    return {(x2 - x1) * per_w, 0, (x1 + x2) * per_w + centre, 0, (y2 - y1) * per_h, (y1 + y2) * per_h + centre, finite};
-  }
-  double theta[6];
-  for (int k = 0; k < 6; ++k) theta[k] = static_cast<A>(roi[k]);
-  return {theta[0] * half_w, theta[1] * half_w, (theta[2] + 1) * half_w + centre,
-          theta[3] * half_h, theta[4] * half_h, (theta[5] + 1) * half_h + centre,
-          std::all_of(theta, theta + 6, [](double value) { return std::isfinite(value); })};
-}
-
-// One coordinate's cell: NaN and infinity fail the test, and behind it the conversion to an integer is safe.
-template <class A>
-void find_cell(double position, int64_t size, int32_t& lo, int32_t& hi, A& weight_lo, A& weight_hi) {
-  lo = hi = -1;
-  weight_lo = weight_hi = 0;
-  if (!(position > -1 && position < static_cast<double>(size))) return;
-  // Truncation of what is positive is its floor.
-  lo = static_cast<int32_t>(static_cast<int64_t>(position + 1) - 1);
-  hi = lo + 1;
-  weight_lo = static_cast<A>(hi - position);
-  weight_hi = static_cast<A>(position - lo);
-}
-
-// The taps of all ROIs of a call.
-template <class A>
-class Geometry {
- public:
-  template <class R>
-  Geometry(const R* rois, const Shape& s)
-      : shape_(s),
-        columns_(s.boxes ? s.out_width : s.out_width * s.out_height),
-        rows_(s.boxes ? s.out_height : columns_),
-        index_(s.batch * s.rois * 2 * (columns_ + rows_)),
-        weight_(index_.size()),
-        normal_(s.out_width + s.out_height),
-        finite_(s.batch * s.rois),
-        separable_(s.batch * s.rois) {
-    for (int64_t u = 0; u < s.out_width; ++u) normal_[u] = static_cast<A>(numerator(u, s.out_width) / divisor(s.out_width));
-    for (int64_t v = 0; v < s.out_height; ++v) {
-      normal_[s.out_width + v] = static_cast<A>(numerator(v, s.out_height) / divisor(s.out_height));
-    }
-    torch::stable::parallel_for(0, s.batch * s.rois, 64, [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) place(n, read_region<A>(rois + n * (s.boxes ? 4 : 6), s));
-    });
-  }
-
-  // Of all taps of one ROI.
-  int64_t entries() const { return 2 * (columns_ + rows_); }
-
-  Taps<A> operator[](int64_t n) const {
-    const int32_t* index = index_.data() + n * entries();
-    const A* weight = weight_.data() + n * entries();
-    return {index,          index + columns_,  index + 2 * columns_,  index + 2 * columns_ + rows_,
-            weight,         weight + columns_, weight + 2 * columns_, weight + 2 * columns_ + rows_,
-            normal_.data(), normal_.data() + shape_.out_width,
-            separable_[n] ? shape_.out_width : columns_, separable_[n] ? shape_.out_height : rows_,
-            finite_[n] != 0, separable_[n] != 0};
-  }
-
- private:
-  // Normalised coordinate of output pixel u of n times a divisor, kept apart so that round numbers stay exact.
-  static double numerator(int64_t u, int64_t n) { return static_cast<double>(2 * u + 1 - n); }
-  double divisor(int64_t n) const { return static_cast<double>(shape_.align_corners ? std::max<int64_t>(n - 1, 1) : n); }
-
-  void place(int64_t n, const Region& r) {
-    const Shape& s = shape_;
-    finite_[n] = r.finite;
-    separable_[n] = r.xy == 0 && r.yx == 0;
-    if (!r.finite) return;
-    int32_t* index = index_.data() + n * entries();
-    A* weight = weight_.data() + n * entries();
-    const auto column = [&](int64_t k, double x) {
-      find_cell(x, s.width, index[k], index[columns_ + k], weight[k], weight[columns_ + k]);
-    };
-    const auto row = [&](int64_t k, double y) {
-      const int64_t lo = 2 * columns_ + k, hi = lo + rows_;
-      find_cell(y, s.height, index[lo], index[hi], weight[lo], weight[hi]);
-    };
-    const double by_x = divisor(s.out_width), by_y = divisor(s.out_height);
-    if (separable_[n]) {
-      for (int64_t u = 0; u < s.out_width; ++u) column(u, r.xx * numerator(u, s.out_width) / by_x + r.x0);
-      for (int64_t v = 0; v < s.out_height; ++v) row(v, r.yy * numerator(v, s.out_height) / by_y + r.y0);
-      return;
-    }
-    for (int64_t v = 0; v < s.out_height; ++v) {
-      for (int64_t u = 0; u < s.out_width; ++u) {
-        const double x = numerator(u, s.out_width), y = numerator(v, s.out_height);
-        column(v * s.out_width + u, r.xx * x / by_x + r.xy * y / by_y + r.x0);
-        row(v * s.out_width + u, r.yx * x / by_x + r.yy * y / by_y + r.y0);
-      }
-    }
-  }
-
-  Shape shape_;
-  int64_t columns_, rows_;
-  std::vector<int32_t> index_;
-  std::vector<A> weight_, normal_;
-  std::vector<uint8_t> finite_, separable_;
-};
-
 // How many items one thread should at least have, for waking another to pay.
 int64_t grain_of(int64_t points_per_item) {
   return std::max<int64_t>(1, (int64_t{1} << 14) / std::max<int64_t>(1, points_per_item));
@@ -215,13 +81,17 @@ class Worker {
   Worker(const Shape& s, const Geometry<A>& geometry, bool channels_last)
       : s_(s),
         geometry_(geometry),
-        map_layout_{channels_last, channels_last ? s.channels : s.height * s.width, tile_of(s, channels_last)},
-        crop_layout_{channels_last, channels_last ? s.channels : s.out_height * s.out_width, map_layout_.tile} {}
+        map_layout_{channels_last, channels_last ? s.channels : s.height * s.width,
+                    tile_of(s, channels_last)},
+        crop_layout_{channels_last, channels_last ? s.channels : s.out_height * s.out_width,
+                     map_layout_.tile} {}
 
   // Channels [first, last) of ROIs [begin, end) of image b.
-  void forward(int64_t b, int64_t begin, int64_t end, int64_t first, int64_t last, const T* features, T* out) {
+  void forward(int64_t b, int64_t begin, int64_t end, int64_t first, int64_t last, const T* features,
+               T* out) {
     prepare(b, begin, end);
-    const int64_t tile = map_layout_.tile, tiles = (last - first + tile - 1) / tile, size = framed_pixels() * tile;
+    const int64_t tile = map_layout_.tile, tiles = (last - first + tile - 1) / tile,
+                  size = framed_pixels() * tile;
     A* map = reserve(map_, tiles * framed_pixels());
     A* staging = reserve(staging_, s_.out_height * s_.out_width);
     for (int64_t k = 0; k < tiles; ++k) read(features, b, first + k * tile, last, map + k * size);
@@ -231,9 +101,12 @@ class Worker {
       for (int64_t k = 0; k < tiles; ++k) {
         const int64_t c = first + k * tile, channels = std::min(tile, last - c);
         T* to = out + crop_offset(b, n, c);
-        const T* next = k + 1 < tiles ? out + crop_offset(b, n, c + tile) : n + 1 < end ? out + crop_offset(b, n + 1, first) : to;
+        const T* next = k + 1 < tiles ? out + crop_offset(b, n, c + tile)
+                        : n + 1 < end ? out + crop_offset(b, n + 1, first)
+                                      : to;
         if (taps.finite) {
-          crop(map + k * size, to, next, crop_layout_, channels, s_, taps, offsets_of(n - begin, taps), staging);
+          crop(map + k * size, to, next, crop_layout_, channels, s_, taps, offsets_of(n - begin, taps),
+               staging);
         } else {
           fill_not_finite(to, channels);
         }
@@ -243,10 +116,11 @@ class Worker {
 
   // Channels [first, last) of all ROIs of image b. The terms of ROI n and of the range's k-th tile go to
   // terms + n * terms_stride + k * kTerms.
-  void backward(int64_t b, int64_t first, int64_t last, const T* grad, const T* features, T* grad_features, double* terms,
-                int64_t terms_stride) {
+  void backward(int64_t b, int64_t first, int64_t last, const T* grad, const T* features, T* grad_features,
+                double* terms, int64_t terms_stride) {
     prepare(b, 0, s_.rois);
-    const int64_t tile = map_layout_.tile, tiles = (last - first + tile - 1) / tile, size = framed_pixels() * tile;
+    const int64_t tile = map_layout_.tile, tiles = (last - first + tile - 1) / tile,
+                  size = framed_pixels() * tile;
     A* map = reserve(map_, terms ? tiles * framed_pixels() : 0);
     A* sum = grad_features ? reserve(sum_, tiles * framed_pixels()) : nullptr;
     A* staging = reserve(staging_, std::max(s_.out_height * s_.out_width, s_.width));
@@ -259,10 +133,12 @@ class Worker {
         double* result = terms ? terms + n * terms_stride + k * kTerms : nullptr;
         const int64_t c = first + k * tile, channels = std::min(tile, last - c);
         const T* from = grad + crop_offset(b, n, c);
-        const T* next = k + 1 < tiles ? grad + crop_offset(b, n, c + tile) : n + 1 < s_.rois ? grad + crop_offset(b, n + 1, first) : from;
+        const T* next = k + 1 < tiles     ? grad + crop_offset(b, n, c + tile)
+                        : n + 1 < s_.rois ? grad + crop_offset(b, n + 1, first)
+                                          : from;
         if (taps.finite) {
-          crop_backward(from, next, crop_layout_, channels, map + k * size, sum ? sum + k * size : nullptr, result, s_, taps,
-                        offsets_of(n, taps), staging);
+          crop_backward(from, next, crop_layout_, channels, map + k * size, sum ? sum + k * size : nullptr,
+                        result, s_, taps, offsets_of(n, taps), staging);
         } else if (result) {
           std::fill_n(result, kTerms, 0.0);
         }
@@ -273,7 +149,8 @@ class Worker {
     for (int64_t k = 0; k < tiles; ++k) {
       const int64_t c = first + k * tile;
       AUFAST_PICK(write_map<T>)
-      (sum + k * size, map_layout_, std::min(tile, last - c), s_, window_, staging, grad_features + map_offset(b, c));
+      (sum + k * size, map_layout_, std::min(tile, last - c), s_, window_, staging,
+       grad_features + map_offset(b, c));
     }
   }
 
@@ -322,9 +199,11 @@ class Worker {
 
   // The whole map where the taps would read most of it anyway, else the rectangle that holds them.
   Window find_window(int64_t b, int64_t begin, int64_t end) const {
-    if (s_.height * s_.width <= 2 * (end - begin) * s_.out_height * s_.out_width) return {0, s_.height, 0, s_.width};
+    if (s_.height * s_.width <= 2 * (end - begin) * s_.out_height * s_.out_width)
+      return {0, s_.height, 0, s_.width};
     Window w{s_.height, 0, s_.width, 0};
-    const auto include = [](const int32_t* lo, const int32_t* hi, int64_t entries, int64_t size, int64_t& first, int64_t& last) {
+    const auto include = [](const int32_t* lo, const int32_t* hi, int64_t entries, int64_t size,
+                            int64_t& first, int64_t& last) {
       for (int64_t k = 0; k < entries; ++k) {
         first = std::min(first, std::max<int64_t>(lo[k] < 0 ? hi[k] : lo[k], 0));
         last = std::max(last, std::min<int64_t>(hi[k] + 1, size));
@@ -343,8 +222,10 @@ class Worker {
 
   // The frame stands for all that is outside the map.
   void find_offsets(const Taps<A>& t, int64_t* to) const {
-    const auto convert = [&](const int32_t* index, int64_t entries, int64_t first, int64_t last, int64_t step) {
-      for (int64_t k = 0; k < entries; ++k) *to++ = (index[k] < 0 ? 0 : std::min<int64_t>(index[k], last) - first + 1) * step;
+    const auto convert = [&](const int32_t* index, int64_t entries, int64_t first, int64_t last,
+                             int64_t step) {
+      for (int64_t k = 0; k < entries; ++k)
+        *to++ = (index[k] < 0 ? 0 : std::min<int64_t>(index[k], last) - first + 1) * step;
     };
     const int64_t tile = map_layout_.tile, row = (window_.columns() + 2) * tile;
     convert(t.x_lo, t.columns, window_.left, window_.right, tile);
@@ -369,12 +250,14 @@ class Worker {
   std::vector<A> map_, sum_, staging_;
 };
 
-// How the channels are cut. A range of several tiles goes through one ROI after the other, so that crops are long runs of
-// memory; it has as many as stay in the first cache together, and no more than leave enough items for all cores.
+// How the channels are cut. A range of several tiles goes through one ROI after the other, so that crops are
+// long runs of memory; it has as many as stay in the first cache together, and no more than leave enough
+// items for all cores.
 struct Cut {
   int64_t tile, tiles, range, ranges;
 
-  Cut(const Shape& s, bool channels_last, int64_t element) : tile(tile_of(s, channels_last)), tiles((s.channels + tile - 1) / tile) {
+  Cut(const Shape& s, bool channels_last, int64_t element)
+      : tile(tile_of(s, channels_last)), tiles((s.channels + tile - 1) / tile) {
     const int64_t cached = kCachedBytes / ((s.height + 2) * (s.width + 2) * tile * element);
     range = tile * std::clamp<int64_t>(cached, 1, std::max<int64_t>(1, s.batch * tiles / kEnoughItems));
     ranges = (s.channels + range - 1) / range;
@@ -391,9 +274,10 @@ void forward(const T* features, const R* rois, T* out, const Shape& s, bool chan
   torch::stable::parallel_for(0, s.batch * cut.ranges * groups, grain, [&](int64_t begin, int64_t end) {
     Worker<T> worker(s, geometry, channels_last);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t b = item / (cut.ranges * groups), group = item / cut.ranges % groups, first = item % cut.ranges * cut.range;
-      worker.forward(b, group * s.rois / groups, (group + 1) * s.rois / groups, first, std::min(first + cut.range, s.channels),
-                     features, out);
+      const int64_t b = item / (cut.ranges * groups), group = item / cut.ranges % groups,
+                    first = item % cut.ranges * cut.range;
+      worker.forward(b, group * s.rois / groups, (group + 1) * s.rois / groups, first,
+                     std::min(first + cut.range, s.channels), features, out);
     }
   });
 }
@@ -409,7 +293,8 @@ void finish_rois(const double* terms, int64_t tiles, const Shape& s, R* grad_roi
     }
     if (s.boxes) {
       const double per_w = half_w / s.width, per_h = half_h / s.height;
-      const double box[4] = {(t[2] - t[0]) * per_w, (t[5] - t[4]) * per_h, (t[2] + t[0]) * per_w, (t[5] + t[4]) * per_h};
+      const double box[4] = {(t[2] - t[0]) * per_w, (t[5] - t[4]) * per_h, (t[2] + t[0]) * per_w,
+                             (t[5] + t[4]) * per_h};
       for (int k = 0; k < 4; ++k) *grad_rois++ = static_cast<R>(box[k]);
     } else {
       for (int k = 0; k < 6; ++k) *grad_rois++ = static_cast<R>(t[k] * (k < 3 ? half_w : half_h));
@@ -429,31 +314,24 @@ void backward(const T* grad, const T* features, const R* rois, T* grad_features,
     for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / cut.ranges, first = item % cut.ranges * cut.range;
       double* to = grad_rois ? terms.data() + (b * s.rois * cut.tiles + first / cut.tile) * kTerms : nullptr;
-      worker.backward(b, first, std::min(first + cut.range, s.channels), grad, features, grad_features, to, cut.tiles * kTerms);
+      worker.backward(b, first, std::min(first + cut.range, s.channels), grad, features, grad_features, to,
+                      cut.tiles * kTerms);
     }
   });
   if (grad_rois) finish_rois(terms.data(), cut.tiles, s, grad_rois);
 }
 
-// Dense in the order batch, height, width, channels, and not also in the default order.
-bool is_channels_last(const Tensor& features) {
-  if (features.is_contiguous()) return false;
-  int64_t expected = 1;
-  for (int dim : {1, 3, 2, 0}) {
-    if (features.size(dim) != 1 && features.stride(dim) != expected) return false;
-    expected *= features.size(dim);
-  }
-  return true;
-}
-
-Shape shape_of(const Tensor& features, const Tensor& rois, int64_t out_height, int64_t out_width, bool align_corners) {
+Shape shape_of(const Tensor& features, const Tensor& rois, int64_t out_height, int64_t out_width,
+               bool align_corners) {
   STD_TORCH_CHECK(features.dim() == 4 && (rois.dim() == 3 || rois.dim() == 4), "roi_crop: wrong rank");
   const bool boxes = rois.dim() == 3;
-  STD_TORCH_CHECK(rois.size(0) == features.size(0) && rois.size(2) == (boxes ? 4 : 2) && (boxes || rois.size(3) == 3),
-                  "roi_crop: rois do not fit the features");
-  STD_TORCH_CHECK(features.size(2) <= INT32_MAX && features.size(3) <= INT32_MAX, "roi_crop: the map is too large");
-  return {features.size(0), rois.size(1), features.size(1), features.size(2), features.size(3),
-          out_height,       out_width,    boxes,            align_corners};
+  STD_TORCH_CHECK(
+      rois.size(0) == features.size(0) && rois.size(2) == (boxes ? 4 : 2) && (boxes || rois.size(3) == 3),
+      "roi_crop: rois do not fit the features");
+  STD_TORCH_CHECK(features.size(2) <= INT32_MAX && features.size(3) <= INT32_MAX,
+                  "roi_crop: the map is too large");
+  return {features.size(0), rois.size(1), features.size(1), features.size(2), features.size(3), out_height,
+          out_width,        boxes,        align_corners};
 }
 
 bool is_empty(const Shape& s) {
@@ -463,19 +341,21 @@ bool is_empty(const Shape& s) {
 // Calls body(feature element, roi element) with values of the tensors' storage types.
 template <class Body>
 void dispatch(ScalarType features, ScalarType rois, const Body& body) {
-  STD_TORCH_CHECK(rois == ScalarType::Float || rois == ScalarType::Double, "roi_crop: rois must be float32 or float64");
-  const auto with_rois = [&](auto element) { rois == ScalarType::Float ? body(element, float()) : body(element, double()); };
+  STD_TORCH_CHECK(rois == ScalarType::Float || rois == ScalarType::Double,
+                  "roi_crop: rois must be float32 or float64");
+  const auto with_rois = [&](auto element) {
+    rois == ScalarType::Float ? body(element, float()) : body(element, double());
+  };
   switch (features) {
-    case ScalarType::Float: return with_rois(float());
-    case ScalarType::Double: return with_rois(double());
-    case ScalarType::BFloat16: return with_rois(uint16_t());
-    default: STD_TORCH_CHECK(false, "roi_crop: features must be float32, float64, bfloat16 or float16");
+    case ScalarType::Float:
+      return with_rois(float());
+    case ScalarType::Double:
+      return with_rois(double());
+    case ScalarType::BFloat16:
+      return with_rois(uint16_t());
+    default:
+      STD_TORCH_CHECK(false, "roi_crop: features must be float32, float64, bfloat16 or float16");
   }
-}
-
-template <class T>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.data_ptr());
 }
 
 Tensor roi_crop(Tensor features, Tensor rois, int64_t out_height, int64_t out_width, bool align_corners) {
@@ -487,8 +367,9 @@ Tensor roi_crop(Tensor features, Tensor rois, int64_t out_height, int64_t out_wi
   const bool channels_last = is_channels_last(features);
   if (!channels_last) features = torch::stable::contiguous(features);
   rois = torch::stable::contiguous(rois);
-  Tensor out = channels_last ? torch::stable::new_empty(features, {s.batch, s.rois, out_height, out_width, s.channels})
-                             : torch::stable::new_empty(features, {s.batch, s.rois, s.channels, out_height, out_width});
+  Tensor out = channels_last
+                   ? torch::stable::new_empty(features, {s.batch, s.rois, out_height, out_width, s.channels})
+                   : torch::stable::new_empty(features, {s.batch, s.rois, s.channels, out_height, out_width});
   if (is_empty(s)) {
     torch::stable::zero_(out);
   } else {
@@ -502,11 +383,12 @@ Tensor roi_crop(Tensor features, Tensor rois, int64_t out_height, int64_t out_wi
   return torch::stable::transpose(torch::stable::transpose(out, 3, 4), 2, 3);  // (B, R, C, h, w)
 }
 
-std::tuple<Tensor, Tensor> roi_crop_backward(Tensor grad, Tensor features, Tensor rois, bool align_corners, int64_t needs) {
+std::tuple<Tensor, Tensor> roi_crop_backward(Tensor grad, Tensor features, Tensor rois, bool align_corners,
+                                             int64_t needs) {
   if (features.scalar_type() == ScalarType::Half) {
     auto [wide_features, grad_rois] =
-        roi_crop_backward(torch::stable::to(grad, ScalarType::Float), torch::stable::to(features, ScalarType::Float), rois,
-                          align_corners, needs);
+        roi_crop_backward(torch::stable::to(grad, ScalarType::Float),
+                          torch::stable::to(features, ScalarType::Float), rois, align_corners, needs);
     return {torch::stable::to(wide_features, ScalarType::Half), grad_rois};
   }
   const Shape s = shape_of(features, rois, grad.size(3), grad.size(4), align_corners);
@@ -519,7 +401,8 @@ std::tuple<Tensor, Tensor> roi_crop_backward(Tensor grad, Tensor features, Tenso
   grad = torch::stable::contiguous(grad);
   rois = torch::stable::contiguous(rois);
   const bool want_features = needs & kWantFeatures, want_rois = needs & kWantRois;
-  Tensor grad_features = want_features ? torch::stable::empty_like(features) : torch::stable::new_empty(features, {0});
+  Tensor grad_features =
+      want_features ? torch::stable::empty_like(features) : torch::stable::new_empty(features, {0});
   Tensor grad_rois = want_rois ? torch::stable::empty_like(rois) : torch::stable::new_empty(rois, {0});
   if (is_empty(s) || !(want_features || want_rois)) {
     torch::stable::zero_(grad_features);
@@ -529,8 +412,9 @@ std::tuple<Tensor, Tensor> roi_crop_backward(Tensor grad, Tensor features, Tenso
   dispatch(features.scalar_type(), rois.scalar_type(), [&](auto element, auto coordinate) {
     using T = decltype(element);
     using R = decltype(coordinate);
-    backward(data<T>(grad), data<T>(features), data<R>(rois), want_features ? data<T>(grad_features) : nullptr,
-             want_rois ? data<R>(grad_rois) : nullptr, s, channels_last);
+    backward(data<T>(grad), data<T>(features), data<R>(rois),
+             want_features ? data<T>(grad_features) : nullptr, want_rois ? data<R>(grad_rois) : nullptr, s,
+             channels_last);
   });
   return {grad_features, grad_rois};
 }
