@@ -23,8 +23,8 @@ from aufast.faces import (
     crop_face,
     load_image,
 )
-from aufast.models import AAR, create_model, load_model
-from aufast.models.inputs import to_input
+from aufast.models import AAR, AAROutput, MARGLOutput, create_model, load_model, to_input
+from aufast.ops.backends import choose
 from aufast.reference.graph_conv import global_adjacency
 
 _MODELS = ("margl", "aar")
@@ -46,17 +46,17 @@ def run_demo(images: Sequence[str], *, weights: str | None = None, out: str = "d
     models = _load_models(weights)
     with _progress("loading the face detector"):
         detector = FaceDetector()
-    failed = 0
+    failed, stems = 0, set()
     for name, image in _photographs(images):
         try:
-            image = load_image(image) if isinstance(image, str) else image
             with _progress(f"{name}: finding the face"):
-                face = detector.detect_one(image, name)
+                face = _find_face(detector, name, image)
         except (ValueError, OSError) as error:
             print(f"aufast demo: {error}", file=sys.stderr)
             failed += 1
             continue
-        _label(name, align_face(image, face.landmarks), models, folder)
+        stem = _free_stem(Path(name).stem, stems)
+        _label(name, face, models, folder / stem)
     if failed < max(len(images), 1):
         compare_operators()
     return int(failed > 0)
@@ -75,6 +75,26 @@ def _photographs(images: Sequence[str]) -> Iterator[tuple[str, str | np.ndarray]
     yield "astronaut", data.astronaut()
 
 
+def _find_face(detector: FaceDetector, name: str, image: str | np.ndarray) -> AlignedFace:
+    """The largest face of a photograph, aligned; every error names the photograph."""
+    image = load_image(image) if isinstance(image, str) else image
+    face = detector.detect_one(image, name)
+    try:
+        return align_face(image, face.landmarks)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _free_stem(stem: str, taken: set[str]) -> str:
+    """A name for the pictures that no earlier photograph has: two folders may each hold a `1.jpg`."""
+    free, count = stem, 1
+    while free in taken:
+        count += 1
+        free = f"{stem}-{count}"
+    taken.add(free)
+    return free
+
+
 def _load_models(weights: str | None) -> dict[str, nn.Module]:
     """The two models by name, trained ones where `weights` has them."""
     models: dict[str, nn.Module] = {}
@@ -83,14 +103,15 @@ def _load_models(weights: str | None) -> dict[str, nn.Module]:
         folders = [root] if (root / "config.json").exists() else [root / name for name in _MODELS]
         for folder in folders:
             if folder.is_dir():
-                model = load_model(folder)
+                with _progress(f"loading {folder}"):
+                    model = load_model(folder).float()  # as the pixels
                 models["aar" if isinstance(model, AAR) else "margl"] = model
         if not models:
             raise ValueError(f"--weights: no saved model in {root} or its folders {' and '.join(_MODELS)}")
     for name in _MODELS:
         if name not in models:
             print(
-                f"{name}: UNTRAINED weights, its probabilities mean nothing; --weights DIR runs a trained model"
+                f"{name}: UNTRAINED weights, so its numbers mean nothing; --weights DIR runs a trained model"
             )
             torch.manual_seed(0)
             models[name] = create_model(name).eval()
@@ -98,8 +119,8 @@ def _load_models(weights: str | None) -> dict[str, nn.Module]:
 
 
 @torch.inference_mode()
-def _label(name: str, face: AlignedFace, models: dict[str, nn.Module], folder: Path) -> None:
-    """Run both models on one aligned face, print its table and write its pictures."""
+def _label(name: str, face: AlignedFace, models: dict[str, nn.Module], target: Path) -> None:
+    """Run both models on one aligned face, print its table and write its pictures, `target`-KIND.png."""
     margl, aar = models["margl"], models["aar"]
     small = crop_face(face, margl.config.image_size)
     centers = au_centers(small.landmarks, margl.config.aus, "margl")  # (2, m, 2)
@@ -119,52 +140,53 @@ def _label(name: str, face: AlignedFace, models: dict[str, nn.Module], folder: P
         cells = " ".join(f"{row[au]:6.3f}" if au in row else f"{'-':>6}" for row in by_model.values())
         print(f"  {au:<4} {AU_NAMES[au]:<22} {cells}")
     with _progress(f"{name}: drawing"):
-        written = _draw(Path(name).stem, folder, small, centers, clip, models, regions, frames)
+        written = _draw(target, small, centers, clip, models, regions, frames)
     print("  pictures: " + "  ".join(str(path) for path in written))
 
 
 def _draw(
-    stem: str,
-    folder: Path,
+    target: Path,
     small: AlignedFace,
     centers: np.ndarray,
     clip: AlignedFace,
     models: dict[str, nn.Module],
-    regions: tuple,
-    frames: tuple,
+    regions: MARGLOutput,
+    frames: AAROutput,
 ) -> list[Path]:
+    """Draw what these variants have: some have no regions, no attention or no graph."""
     from aufast import plot
 
     margl, aar = models["margl"], models["aar"]
-    initial = margl.initial_rois(torch.from_numpy(centers).float()[None])
-    targets = attention_targets(
-        au_centers(clip.landmarks, aar.config.aus, "attention"),
-        size=frames.attention.shape[-1],
-        image_size=aar.config.image_size,
-    )
-    figures = {
-        "centers": plot.plot_centers(small.image, small.landmarks, centers, margl.config.aus),
-        "rois": plot.plot_rois(
+    figures = {"centers": plot.plot_centers(small.image, small.landmarks, centers, margl.config.aus)}
+    if regions.rois:
+        initial = margl.initial_rois(torch.from_numpy(centers).float()[None])
+        figures["rois"] = plot.plot_rois(
             small.image,
             [boxes[0].numpy() for boxes in initial],
             [boxes[0].numpy() for boxes in regions.rois],
             margl.level_sizes,
             margl.config.aus,
-        ),
-        "attention": plot.plot_attention(
+        )
+    if frames.attention is not None:
+        targets = attention_targets(
+            au_centers(clip.landmarks, aar.config.aus, "attention"),
+            size=aar.attention_size,
+            image_size=aar.config.image_size,
+        )
+        figures["attention"] = plot.plot_attention(
             clip.image, targets.numpy(), frames.attention[0, 0].numpy(), aar.config.aus
-        ),
-        "graph": plot.plot_graphs(
-            {
-                "AAR: N(ReLU(UUᵀ)) of the first graph-GRU": global_adjacency(aar.graph[0].U).numpy(),
-                "MARGL: relations A0": margl.adjacency.numpy(),
-            },
-            aar.config.aus,
-        ),
-    }
+        )
+    graphs = {}
+    if aar.graph:
+        weights = global_adjacency(aar.graph[0].U).numpy()
+        graphs["AAR: N(ReLU(UUᵀ)) of the first graph layer"] = weights, aar.config.aus
+    if margl.graph is not None:
+        graphs["MARGL: relations A0"] = margl.adjacency.numpy(), margl.config.aus
+    if graphs:
+        figures["graph"] = plot.plot_graphs(graphs)
     written = []
     for kind, figure in figures.items():
-        written.append(folder / f"{stem}-{kind}.png")
+        written.append(target.with_name(f"{target.name}-{kind}.png"))
         figure.savefig(written[-1])
     return written
 
@@ -174,7 +196,7 @@ def compare_operators() -> None:
     print(
         f"\nfused operators against the reference: float32, no gradients, {torch.get_num_threads()} threads,"
         " random input\n"
-        f"  {'operator':<12} {'size':<38} {'fused':>10} {'reference':>10} {'ratio':>7}"
+        f"  {'operator':<12} {'size':<38} {'by':<9} {'fused':>10} {'reference':>10} {'ratio':>7}"
         f" {'largest relative error':>23}"
     )
     generator = torch.Generator().manual_seed(0)
@@ -201,6 +223,7 @@ def compare_operators() -> None:
             ),
         ),
     }
+    chosen = {name: choose(name, arguments[0], None) for name, (_, arguments) in cases.items()}
     for name, (size, arguments) in cases.items():
         operator = getattr(ops, name)
         with torch.inference_mode(), _progress(f"timing {name}"):
@@ -210,7 +233,12 @@ def compare_operators() -> None:
             error = float((fused - reference).abs().max() / reference.abs().max())
             times = _median_times(lambda b: operator(*arguments, backend=b), ("auto", "reference"))  # noqa: B023
         ours, theirs = (f"{1e3 * t:.3f} ms" for t in times)
-        print(f"  {name:<12} {size:<38} {ours:>10} {theirs:>10} {times[1] / times[0]:6.1f}× {error:>23.1e}")
+        print(
+            f"  {name:<12} {size:<38} {chosen[name]:<9} {ours:>10} {theirs:>10} {times[1] / times[0]:6.1f}×"
+            f" {error:>23.1e}"
+        )
+    if "reference" in chosen.values():
+        print("  by reference: nothing fused can run here; `aufast backends` says why")
 
 
 def _median_times(call, names: Sequence[str], seconds: float = 0.6) -> list[float]:

@@ -5,7 +5,12 @@ import re
 import numpy as np
 import pytest
 
+from aufast import demo
 from aufast.cli import main
+from aufast.faces import align_face
+from aufast.faces.images import FORMATS
+from aufast.ops.backends import OPERATORS
+from tests.models.examples import small
 
 PICTURES = ("centers", "rois", "attention", "graph")
 
@@ -16,15 +21,45 @@ def _needs_the_faces_extra():
         pytest.importorskip(module, reason=f"the demo needs {module}")
 
 
+@pytest.fixture
+def astronaut():
+    from skimage import data
+
+    return data.astronaut()
+
+
+@pytest.fixture
+def small_demo(monkeypatch):
+    """`aufast demo` on models that run in milliseconds, without the timings."""
+    monkeypatch.setattr(demo, "create_model", small)
+    monkeypatch.setattr(demo, "compare_operators", lambda: None)
+    return lambda *arguments: main(["demo", *map(str, arguments)])
+
+
+def save(path, pixels):
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def pictures(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
 @pytest.mark.slow
 def test_demo_labels_the_photograph(tmp_path, capsys):
     assert main(["demo", "--out", str(tmp_path / "pictures")]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     assert out.count("UNTRAINED") == 2
     assert len(re.findall(r"^  \d+ +\S.*0\.\d{3} +0\.\d{3}$", out, re.M)) == 12
-    for operator in ("roi_crop", "graph_conv", "graph_gru", "region_conv"):
+    for operator in OPERATORS:
         line = next(row for row in out.splitlines() if row.strip().startswith(operator))
         assert float(line.split()[-1]) < 1e-4, "fused and reference agree"
+        assert f"timing {operator} …" in err
+    for step in ("loading the face detector", "astronaut: finding the face", "astronaut: MARGL", "drawing"):
+        assert f"{step} …" in err, "what takes long says what it does"
     from PIL import Image
 
     for kind in PICTURES:
@@ -42,14 +77,61 @@ def test_demo_runs_saved_weights(tmp_path, capsys):
     assert "UNTRAINED" not in capsys.readouterr().out
 
 
-def test_an_image_without_a_face_is_named(tmp_path, capsys):
-    from PIL import Image
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("resnet18", ["attention", "centers", "graph"]),
+        ("roi", ["attention", "centers", "graph", "rois"]),
+        ("b-net", ["centers", "graph", "rois"]),
+        ("aa", ["attention", "centers", "graph", "rois"]),
+        ("aa-gsp", ["attention", "centers", "graph", "rois"]),
+    ],
+)
+def test_weights_of_any_variant_and_aus_are_drawn(tmp_path, capsys, small_demo, name, kinds):
+    small(name, aus=(2, 25)).double().save_pretrained(tmp_path / "weights")
+    assert small_demo("--weights", tmp_path / "weights", "--out", tmp_path / "pictures") == 0
+    assert pictures(tmp_path / "pictures") == [f"astronaut-{kind}.png" for kind in kinds]
+    out = capsys.readouterr().out
+    assert out.count("UNTRAINED") == 1 and "lips part" in out and "lip corner puller" in out
 
-    path = tmp_path / "grey.png"
-    Image.new("RGB", (300, 300), (128, 128, 128)).save(path)
-    assert main(["demo", str(path), "--out", str(tmp_path / "pictures")]) == 1
-    error = capsys.readouterr().err
-    assert "grey.png" in error and "face" in error
+
+def test_of_several_faces_the_largest_is_used_and_that_is_said(tmp_path, caplog, small_demo, astronaut):
+    pair = save(tmp_path / "pair.png", np.hstack([astronaut, astronaut]))
+    assert small_demo(pair, "--out", tmp_path / "pictures") == 0
+    assert caplog.messages == [f"{pair} has 2 faces; the largest is used"]
+
+
+def test_photographs_of_one_name_keep_their_own_pictures(tmp_path, small_demo, astronaut):
+    images = [save(tmp_path / folder / "1.png", astronaut) for folder in ("a", "b")]
+    assert small_demo(*images, "--out", tmp_path / "pictures") == 0
+    names = [f"{stem}-{kind}.png" for stem in ("1", "1-2") for kind in PICTURES]
+    assert pictures(tmp_path / "pictures") == sorted(names)
+
+
+def test_a_bad_image_is_named_and_the_others_are_labelled(
+    tmp_path, capsys, monkeypatch, small_demo, astronaut
+):
+    """No face, nothing readable, and landmarks that cannot be aligned."""
+    face = save(tmp_path / "face.png", astronaut)
+    grey = save(tmp_path / "grey.png", np.full((300, 300, 3), 128, np.uint8))
+    (tmp_path / "text.png").write_text("no photograph")
+    odd = save(tmp_path / "odd.png", astronaut[:, :500])
+
+    def align(image, landmarks):
+        if image.shape[1] == 500:
+            raise ValueError("landmarks of eyes, nose and mouth all lie on one line")
+        return align_face(image, landmarks)
+
+    monkeypatch.setattr(demo, "align_face", align)
+    assert small_demo(grey, tmp_path / "text.png", odd, face, "--out", tmp_path / "pictures") == 1
+    sentences = [row for row in capsys.readouterr().err.splitlines() if row.startswith("aufast demo: ")]
+    assert sentences == [
+        f"aufast demo: there is no face in {grey}",
+        f"aufast demo: cannot read image '{tmp_path / 'text.png'}': it is in none of the formats "
+        + ", ".join(FORMATS),
+        f"aufast demo: {odd}: landmarks of eyes, nose and mouth all lie on one line",
+    ]
+    assert pictures(tmp_path / "pictures") == sorted(f"face-{kind}.png" for kind in PICTURES)
 
 
 def test_a_missing_image_is_named(tmp_path, capsys):

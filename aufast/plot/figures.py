@@ -31,6 +31,11 @@ def _show(axes: Axes, image: np.ndarray, title: str) -> None:
     axes.set_axis_off()
 
 
+def _name_row(axes: Axes, name: str) -> None:
+    """Write what a row shows left of its first panel."""
+    axes.text(-0.06, 0.5, name, transform=axes.transAxes, rotation=90, va="center", ha="right")
+
+
 def plot_centers(image: np.ndarray, landmarks: np.ndarray, centers: np.ndarray, aus: Sequence[int]) -> Figure:
     """An aligned face with its landmarks and the two centres of every AU.
 
@@ -95,15 +100,7 @@ def plot_rois(
                     )
             panel.set_xlim(-0.5, image.shape[1] - 0.5)
             panel.set_ylim(image.shape[0] - 0.5, -0.5)
-        axes[row, 0].text(
-            -0.06,
-            0.5,
-            f"{size}×{size}",
-            transform=axes[row, 0].transAxes,
-            rotation=90,
-            va="center",
-            ha="right",
-        )
+        _name_row(axes[row, 0], f"{size}×{size}")
     figure.suptitle("regions of interest: initial (blue) and adapted (red, dashed)", fontsize=10)
     return figure
 
@@ -126,28 +123,20 @@ def plot_attention(
         for column, (values, title) in enumerate(zip([*maps, maps.max(axis=0)], titles, strict=True)):
             _show(axes[row, column], image, title if row == 0 else "")
             axes[row, column].imshow(values, extent=extent, cmap="jet", alpha=0.5, vmin=0, vmax=1)
-        axes[row, 0].text(
-            -0.06,
-            0.5,
-            ("predefined", "learned")[row],
-            transform=axes[row, 0].transAxes,
-            rotation=90,
-            va="center",
-            ha="right",
-        )
+        _name_row(axes[row, 0], ("predefined", "learned")[row])
     figure.suptitle("attention maps (0 blue, 1 red)", fontsize=10)
     return figure
 
 
-def plot_graphs(graphs: dict[str, np.ndarray], aus: Sequence[int]) -> Figure:
+def plot_graphs(graphs: dict[str, tuple[np.ndarray, Sequence[int]]]) -> Figure:
     """AU graphs as matrices, one panel each.
 
     Args:
-        graphs: title and (m, m) weights of each graph; entry (i, j) is what node i takes from node j.
-        aus: the m AU numbers.
+        graphs: by title, the (m, m) weights of each graph and its m AU numbers; entry (i, j) is what node i
+            takes from node j.
     """
     figure, axes = _panels(len(graphs), side=4.2)
-    for panel, (title, weights) in zip(axes[0], graphs.items(), strict=True):
+    for panel, (title, (weights, aus)) in zip(axes[0], graphs.items(), strict=True):
         picture = panel.imshow(np.asarray(weights), cmap="viridis", vmin=0)
         panel.set_title(title, fontsize=9)
         panel.set_xticks(range(len(aus)), [str(au) for au in aus], fontsize=7)

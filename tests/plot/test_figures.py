@@ -58,8 +58,10 @@ def test_attention_colours_what_is_attended():
     assert redder.any() and redder.mean() < 0.1, "an attended place is red, and only that"
 
 
-def test_graphs_have_a_panel_each():
-    figure = plot.plot_graphs({"one": np.eye(3), "two": np.ones((3, 3))}, AUS)
+def test_graphs_have_a_panel_each_with_their_own_aus():
+    figure = plot.plot_graphs({"one": (np.eye(3), AUS), "two": (np.ones((2, 2)), (4, 6))})
     titles = [a.get_title() for a in figure.axes if a.get_title()]
     assert titles == ["one", "two"]
-    assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["1", "12", "23"]
+    for axes, aus in zip(figure.axes[:2], (["1", "12", "23"], ["4", "6"]), strict=True):
+        assert [t.get_text() for t in axes.get_xticklabels()] == aus
+        assert [t.get_text() for t in axes.get_yticklabels()] == aus
