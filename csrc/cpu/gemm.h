@@ -24,37 +24,41 @@ struct Product {
   int64_t start_row;
   T* C;
   int64_t c_row;
+  // The same A times further B: product number f has its B, start and C f steps further on.
+  int64_t repeats = 1, b_repeat = 0, start_repeat = 0, c_repeat = 0;
 };
 
 template <class T, int ROWS, int VECTORS>
 void tile(const Product<T>& p, int64_t row, int64_t column) {
-  vec<T> sums[ROWS][VECTORS];
-  const T* start = p.start + row * p.start_row + column;
-#pragma GCC unroll 8
-  for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 6
-    for (int v = 0; v < VECTORS; ++v) sums[r][v] = load<T>(start + r * p.start_row + v * lanes<T>);
   const int64_t b_row = p.b_row, a_row = p.a_row, a_step = p.a_step, depth = p.depth;
-  for (int64_t s = 0; s < p.segments; ++s) {
-    const T* a = p.A + s * p.a_segment + row * a_row;
-    const T* b = p.B + s * p.b_segment + column;
-    for (int64_t k = 0; k < depth; ++k, a += a_step, b += b_row) {
-      vec<T> right[VECTORS];
-#pragma GCC unroll 6
-      for (int v = 0; v < VECTORS; ++v) right[v] = load<T>(b + v * lanes<T>);
+  for (int64_t f = 0; f < p.repeats; ++f) {
+    vec<T> sums[ROWS][VECTORS];
+    const T* start = p.start + f * p.start_repeat + row * p.start_row + column;
 #pragma GCC unroll 8
-      for (int r = 0; r < ROWS; ++r) {
-        const vec<T> left = set1<T>(a[r * a_row]);
+    for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 6
-        for (int v = 0; v < VECTORS; ++v) sums[r][v] += left * right[v];
+      for (int v = 0; v < VECTORS; ++v) sums[r][v] = load<T>(start + r * p.start_row + v * lanes<T>);
+    for (int64_t s = 0; s < p.segments; ++s) {
+      const T* a = p.A + s * p.a_segment + row * a_row;
+      const T* b = p.B + f * p.b_repeat + s * p.b_segment + column;
+      for (int64_t k = 0; k < depth; ++k, a += a_step, b += b_row) {
+        vec<T> right[VECTORS];
+#pragma GCC unroll 6
+        for (int v = 0; v < VECTORS; ++v) right[v] = load<T>(b + v * lanes<T>);
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r) {
+          const vec<T> left = set1<T>(a[r * a_row]);
+#pragma GCC unroll 6
+          for (int v = 0; v < VECTORS; ++v) sums[r][v] += left * right[v];
+        }
       }
     }
-  }
-  T* c = p.C + row * p.c_row + column;
+    T* c = p.C + f * p.c_repeat + row * p.c_row + column;
 #pragma GCC unroll 8
-  for (int r = 0; r < ROWS; ++r)
+    for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 6
-    for (int v = 0; v < VECTORS; ++v) store<T>(c + r * p.c_row + v * lanes<T>, sums[r][v]);
+      for (int v = 0; v < VECTORS; ++v) store<T>(c + r * p.c_row + v * lanes<T>, sums[r][v]);
+  }
 }
 
 template <class T, int ROWS, int VECTORS>
@@ -86,6 +90,13 @@ void all_panels(const Product<T>& p) {
   int64_t column = 0, left = p.columns / lanes<T>;
   if (AUFAST_AVX512 && p.rows <= kRows[6])
     for (; left >= 6; left -= 6, column += 6 * lanes<T>) panel<T, 6>(p, column);
+  if (left > 4 && p.rows <= kRows[3] && p.repeats == 1) {  // one block of rows: go along the columns inside the tile
+    Product<T> along = p;
+    along.repeats = left % 3 == 1 ? left / 3 - 1 : left / 3;
+    along.b_repeat = along.start_repeat = along.c_repeat = 3 * lanes<T>;
+    panel<T, 3>(along, column);
+    left -= 3 * along.repeats, column += 3 * along.repeats * lanes<T>;
+  }
   for (; left >= 3 && left != 4; left -= 3, column += 3 * lanes<T>) panel<T, 3>(p, column);
   for (; left >= 2; left -= 2, column += 2 * lanes<T>) panel<T, 2>(p, column);
   if (left == 1) panel<T, 1>(p, column);
@@ -103,8 +114,147 @@ void multiply(Product<T> p) {
     p.B += kDepth * p.b_row;
     p.start = p.C;
     p.start_row = p.c_row;
+    p.start_repeat = p.c_repeat;
   }
 }
+
+#if AUFAST_BF16
+// C = start + Σ_s A_s B_s with bfloat16 factors and float sums: `depth` counts pairs of k. Rows of A are bfloat16; row k of B_s
+// holds the pairs (2k, 2k+1) of every column side by side (bf16_pairs).
+struct PairProduct {
+  int64_t rows, columns, depth, segments;
+  const uint32_t* A;
+  int64_t a_segment, a_row;
+  const uint32_t* B;
+  int64_t b_segment;  // a row of B has `columns` pairs
+  const float* start;
+  int64_t start_row;
+  float* C;
+  int64_t c_row;
+  bool tiles;  // the CPU has matrix tiles and this process may use them
+};
+
+// The same with AMX: a tile holds 16 rows of 16 floats or of 16 pairs, so a step of k takes 16 pairs. Tile 0 is A, 1 is B, and
+// 2 to 7 are C, so that B is loaded once for up to 16 rows.
+struct alignas(64) TileShapes {
+  uint8_t palette, start_row, reserved[14];
+  uint16_t row_bytes[16];
+  uint8_t rows[16];
+};
+
+template <int TILES>
+__attribute__((target("amx-tile,amx-bf16"))) void tile_panel(const PairProduct& p, int64_t row, int64_t column) {
+  const float* start = p.start + row * p.start_row + column;
+  const int64_t start_bytes = p.start_row * 4, a_bytes = p.a_row * 4, b_bytes = p.columns * 4, c_bytes = p.c_row * 4;
+#define AUFAST_EACH_TILE(step) \
+  step(2, 0) if constexpr (TILES > 1) { step(3, 1) } if constexpr (TILES > 2) { step(4, 2) } \
+  if constexpr (TILES > 3) { step(5, 3) } if constexpr (TILES > 4) { step(6, 4) } if constexpr (TILES > 5) { step(7, 5) }
+#define AUFAST_LOAD(tile, n) _tile_loadd(tile, start + n * 16, start_bytes);
+  AUFAST_EACH_TILE(AUFAST_LOAD)
+  for (int64_t s = 0; s < p.segments; ++s) {
+    const uint32_t *a = p.A + s * p.a_segment + row * p.a_row, *b = p.B + s * p.b_segment + column;
+    for (int64_t k = 0; k < p.depth; k += 16, a += 16, b += 16 * p.columns) {
+      _tile_loadd(0, a, a_bytes);
+#define AUFAST_MULTIPLY(tile, n) _tile_loadd(1, b + n * 16, b_bytes); _tile_dpbf16ps(tile, 0, 1);
+      AUFAST_EACH_TILE(AUFAST_MULTIPLY)
+    }
+  }
+  float* c = p.C + row * p.c_row + column;
+#define AUFAST_STORE(tile, n) _tile_stored(tile, c + n * 16, c_bytes);
+  AUFAST_EACH_TILE(AUFAST_STORE)
+#undef AUFAST_EACH_TILE
+#undef AUFAST_LOAD
+#undef AUFAST_MULTIPLY
+#undef AUFAST_STORE
+}
+
+__attribute__((target("amx-tile,amx-bf16"))) inline void multiply_tiles(const PairProduct& p) {
+  const int64_t blocks = (p.rows + 15) / 16;
+  int64_t height = 0;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t row = block * p.rows / blocks, rows = (block + 1) * p.rows / blocks - row;
+    if (rows != height) {
+      TileShapes shapes{};
+      shapes.palette = 1;
+      for (int tile = 0; tile < 8; ++tile) shapes.row_bytes[tile] = 64, shapes.rows[tile] = static_cast<uint8_t>(rows);
+      shapes.rows[1] = 16;
+      _tile_loadconfig(&shapes);
+      height = rows;
+    }
+    int64_t column = 0, left = p.columns / 16;
+    for (; left >= 6; left -= 6, column += 96) tile_panel<6>(p, row, column);
+    switch (left) {
+      case 5: tile_panel<5>(p, row, column); break;
+      case 4: tile_panel<4>(p, row, column); break;
+      case 3: tile_panel<3>(p, row, column); break;
+      case 2: tile_panel<2>(p, row, column); break;
+      case 1: tile_panel<1>(p, row, column); break;
+      default: break;
+    }
+  }
+  _tile_release();
+}
+
+template <int ROWS, int VECTORS>
+void pair_tile(const PairProduct& p, int64_t row, int64_t column) {
+  __m512 sums[ROWS][VECTORS];
+  const float* start = p.start + row * p.start_row + column;
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 6
+    for (int v = 0; v < VECTORS; ++v) sums[r][v] = _mm512_loadu_ps(start + r * p.start_row + v * 16);
+  const int64_t a_row = p.a_row, depth = p.depth, b_row = p.columns;
+  for (int64_t s = 0; s < p.segments; ++s) {
+    const uint32_t *a = p.A + s * p.a_segment + row * a_row, *b = p.B + s * p.b_segment + column;
+    for (int64_t k = 0; k < depth; ++k, ++a, b += b_row) {
+      __m512bh right[VECTORS];
+#pragma GCC unroll 6
+      for (int v = 0; v < VECTORS; ++v) right[v] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b + v * 16));
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r) {
+        const __m512bh left = reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a[r * a_row])));
+#pragma GCC unroll 6
+        for (int v = 0; v < VECTORS; ++v) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], left, right[v]);
+      }
+    }
+  }
+  float* c = p.C + row * p.c_row + column;
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 6
+    for (int v = 0; v < VECTORS; ++v) _mm512_storeu_ps(c + r * p.c_row + v * 16, sums[r][v]);
+}
+
+template <int VECTORS>
+void pair_panel(const PairProduct& p, int64_t column) {
+  constexpr int most = kRows[VECTORS];
+  const int64_t blocks = (p.rows + most - 1) / most;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t row = block * p.rows / blocks;
+    switch ((block + 1) * p.rows / blocks - row) {
+      case 1: pair_tile<1, VECTORS>(p, row, column); break;
+      case 2: pair_tile<2, VECTORS>(p, row, column); break;
+      case 3: pair_tile<3, VECTORS>(p, row, column); break;
+      case 4: pair_tile<4, VECTORS>(p, row, column); break;
+      case 5: pair_tile<most < 5 ? 1 : 5, VECTORS>(p, row, column); break;
+      case 6: pair_tile<most < 5 ? 1 : 6, VECTORS>(p, row, column); break;
+      case 7: pair_tile<most < 5 ? 1 : 7, VECTORS>(p, row, column); break;
+      default: pair_tile<most < 5 ? 1 : 8, VECTORS>(p, row, column); break;
+    }
+  }
+}
+
+inline void multiply_pairs(const PairProduct& p) {
+  if (p.rows == 0 || p.columns == 0) return;
+  if (p.tiles && p.depth % 16 == 0) return multiply_tiles(p);
+  int64_t column = 0, left = p.columns / 16;
+  if (p.rows <= kRows[6])
+    for (; left >= 6; left -= 6, column += 96) pair_panel<6>(p, column);
+  for (; left >= 3 && left != 4; left -= 3, column += 48) pair_panel<3>(p, column);
+  for (; left >= 2; left -= 2, column += 32) pair_panel<2>(p, column);
+  if (left == 1) pair_panel<1>(p, column);
+}
+#endif  // AUFAST_BF16
 
 // C(i, j) += Σ_f Σ_n A_f(i, n) B_f(j, n): rows of `length` elements (a multiple of lanes<T>) in each of `frames` frames.
 template <class T>

@@ -12,7 +12,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <functional>
+#include <initializer_list>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -29,6 +29,12 @@ template <class T>
 constexpr int64_t padded(int64_t n) {
   constexpr int64_t granule = 64 / sizeof(T);
   return (n + granule - 1) / granule * granule;
+}
+
+// Whether products take bfloat16 factors: on CPUs with bfloat16 dot products, where rows of Θ come in whole pairs.
+inline bool in_pairs(ScalarType dtype, std::initializer_list<int64_t> rows) {
+  const bool even = std::all_of(rows.begin(), rows.end(), [](int64_t n) { return n % 2 == 0; });
+  return even && dtype == ScalarType::BFloat16 && aufast::isa() >= aufast::Isa::avx512_bf16;
 }
 
 // A member's place in a crew (crew.h); alone on its cache lines.
@@ -105,6 +111,8 @@ struct Thetas {
   Pool<T> pool[6];
   int64_t block;  // elements of a node's block
   T* theta;       // (distinct, block)
+  uint32_t* pairs;  // the same as bfloat16 pairs of rows, in place of theta; null where float is used
+  bool tiles;       // with pairs: multiply by matrix tiles
   T* grad_theta;  // (m, block), backward only
   T* partial_Q;   // (pool blocks, m, ce), backward only
   T* grad_Q;      // (m, ce), null where it is not wanted

@@ -97,7 +97,7 @@ void prepare(ConvCall<T>& c, bool backward) {
 template <class T>
 Tensor forward_as(const Tensor& x, const Tensor& U, const OptionalTensor& Q, const Tensor& W, const OptionalTensor& bias,
                   bool softmax) {
-  Door<T> door;
+  Door<T> door({AUFAST_PICK(widen), AUFAST_PICK(narrow)});
   ConvCall<T> c = describe<T>(door, x, U, Q, W, bias, softmax);
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = c.live_outputs;
@@ -105,12 +105,16 @@ Tensor forward_as(const Tensor& x, const Tensor& U, const OptionalTensor& Q, con
   if (out.numel() == 0) return out;
   c.out = door.out(out, c.live_outputs);
   c.frame_block = c.frames <= kFewFrames ? c.frames : kForwardFrames;
-  c.scratch_size = c.graph.order * std::min(kMostNodes, c.graph.nodes) * c.frame_block * c.inputs;
+  const int64_t group = std::min(kMostNodes, c.graph.nodes);
+  c.scratch_size = group * std::max(c.graph.order * c.frame_block * c.inputs, kPoolRows * c.outputs);
+  const bool pairs = in_pairs(x.scalar_type(), {c.live_inputs});
   door.workspace([&](Arena& arena) {
     plan_common(c, arena, false);
     c.thetas.theta = arena.take<T>(c.thetas.distinct * c.thetas.block);
+    if (pairs) c.thetas.pairs = arena.take<uint32_t>(c.thetas.distinct * c.thetas.block / 2);
   });
   prepare(c, false);
+  c.thetas.tiles = aufast::isa() == aufast::Isa::amx;
   const auto kernel = AUFAST_PICK(conv_forward<T>);
   run_crew(c.members, [&](int me) { kernel(c, me); });
   door.finish();
@@ -120,7 +124,7 @@ Tensor forward_as(const Tensor& x, const Tensor& U, const OptionalTensor& Q, con
 template <class T>
 std::vector<Tensor> backward_as(const Tensor& grad, const Tensor& x, const Tensor& U, const OptionalTensor& Q,
                                 const Tensor& W, const OptionalTensor& bias, bool softmax, int64_t needs) {
-  Door<T> door;
+  Door<T> door({AUFAST_PICK(widen), AUFAST_PICK(narrow)});
   ConvCall<T> c = describe<T>(door, x, U, Q, W, bias, softmax);
   const OptionalTensor inputs[] = {x, U, Q, W, bias};
   std::vector<Tensor> results;

@@ -20,9 +20,24 @@ void convert_rows(const void* from, int64_t from_row, void* to, int64_t to_row, 
   });
 }
 
+// The instruction-set level's conversions of bfloat16, for the rows that have no padding.
+struct Conversions {
+  void (*widen)(const uint16_t*, float*, int64_t);
+  void (*narrow)(const float*, uint16_t*, int64_t);
+};
+
+template <class From, class To>
+void convert_flat(void (*convert)(const From*, To*, int64_t), const void* from, void* to, int64_t n) {
+  torch::stable::parallel_for(0, n, kDoorGrain, [=](int64_t begin, int64_t end) {
+    convert(static_cast<const From*>(from) + begin, static_cast<To*>(to) + begin, end - begin);
+  });
+}
+
 template <class T>
 class Door {
  public:
+  explicit Door(Conversions conversions) : conversions_(conversions) {}
+
   // (…, columns) as (rows, padded columns) of T.
   const T* in(const Tensor& tensor, int64_t columns) {
     kept_.push_back(torch::stable::contiguous(tensor));
@@ -31,6 +46,10 @@ class Door {
     const int64_t rows = columns == 0 ? 0 : dense.numel() / columns;
     T* copy = array(rows * padded<T>(columns));
     const void* from = dense.data_ptr();
+    if (dense.scalar_type() == ScalarType::BFloat16 && columns == padded<T>(columns)) {
+      convert_flat(conversions_.widen, from, copy, rows * columns);
+      return copy;
+    }
     switch (dense.scalar_type()) {
       case ScalarType::BFloat16: convert_rows<c10::BFloat16, T>(from, columns, copy, padded<T>(columns), rows, columns); break;
       case ScalarType::Half: convert_rows<c10::Half, T>(from, columns, copy, padded<T>(columns), rows, columns); break;
@@ -69,6 +88,10 @@ class Door {
   void finish() {
     for (const Result& r : results_) {
       void* to = r.tensor.data_ptr();
+      if (r.tensor.scalar_type() == ScalarType::BFloat16 && r.columns == padded<T>(r.columns)) {
+        convert_flat(conversions_.narrow, r.room, to, r.rows * r.columns);
+        continue;
+      }
       switch (r.tensor.scalar_type()) {
         case ScalarType::BFloat16: convert_rows<T, c10::BFloat16>(r.room, padded<T>(r.columns), to, r.columns, r.rows, r.columns); break;
         case ScalarType::Half: convert_rows<T, c10::Half>(r.room, padded<T>(r.columns), to, r.columns, r.rows, r.columns); break;
@@ -103,6 +126,7 @@ class Door {
   static constexpr ScalarType type() { return sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double; }
   static bool native(ScalarType dtype) { return dtype == type(); }
 
+  Conversions conversions_;
   std::vector<Tensor> kept_, arrays_;
   std::vector<Result> results_;
 };

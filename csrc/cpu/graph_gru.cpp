@@ -128,7 +128,7 @@ void prepare(GruCall<T>& c) {
 
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> forward_as(const GruTensors& a, bool save) {
-  Door<T> door;
+  Door<T> door({AUFAST_PICK(widen), AUFAST_PICK(narrow)});
   GruCall<T> c = describe<T>(door, a);
   const ScalarType dtype = a[kX].scalar_type();
   const ScalarType state_dtype = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
@@ -141,14 +141,17 @@ std::tuple<Tensor, Tensor, Tensor> forward_as(const GruTensors& a, bool save) {
   if (save) c.saved = door.out(saved, n);
   c.chunk = chunk_for(kForwardRows, c.tile, c.steps);
   const int64_t group = std::min(kMostNodes, m);
-  c.scratch_size = c.graph.order * group * c.tile * std::max(c.chunk * c.inputs, c.channels);
+  c.scratch_size = group * std::max(c.graph.order * c.tile * std::max(c.chunk * c.inputs, c.channels), kPoolRows * c.channels);
+  const bool pairs = in_pairs(dtype, {c.live_inputs, n});
   c.buffer_size = m * c.gate_node(c.tile) + c.tile * c.frame();
   door.workspace([&](Arena& arena) {
     plan_common(c, arena, false);
     c.thetas.theta = arena.take<T>(m * c.thetas.block);
+    if (pairs) c.thetas.pairs = arena.take<uint32_t>(m * c.thetas.block / 2);
     c.buffers = arena.take<T>((c.by_sequences ? c.members : 1) * c.buffer_size);
   });
   prepare(c);
+  c.thetas.tiles = aufast::isa() == aufast::Isa::amx;
   const auto kernel = AUFAST_PICK(gru_forward<T>);
   run_crew(c.members, [&](int me) { kernel(c, me); });
   door.finish();
@@ -158,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_as(const GruTensors& a, bool save) {
 template <class T>
 std::vector<Tensor> backward_as(const Tensor& grad_out, const Tensor& grad_h_last, const GruTensors& a,
                                 const Tensor& out, const Tensor& saved, int64_t needs) {
-  Door<T> door;
+  Door<T> door({AUFAST_PICK(widen), AUFAST_PICK(narrow)});
   GruCall<T> c = describe<T>(door, a);
   const int64_t m = c.graph.nodes, n = c.live_channels, ce = c.graph.embeddings, K = c.graph.order;
   const int64_t last[kInputs] = {c.live_inputs, ce, 0, n, n, n, n, n, n, n};
@@ -183,7 +186,7 @@ std::vector<Tensor> backward_as(const Tensor& grad_out, const Tensor& grad_h_las
   }
   c.chunk = chunk_for(kBackwardRows, c.batch, c.steps);
   const int64_t rows = c.batch * c.chunk, group = std::min(kMostNodes, m);
-  c.scratch_size = std::max({K * group * rows * std::max(c.inputs, c.channels), group * c.channels,
+  c.scratch_size = std::max({K * group * rows * std::max(c.inputs, c.channels), group * c.tile * c.channels,
                              ce * kTransposed * c.transposed[0].row()});
   door.workspace([&](Arena& arena) {
     plan_common(c, arena, true);

@@ -34,21 +34,35 @@ AUFAST_INLINE void mix(const T* S, int64_t s_row, bool transposed, Group group, 
                transposed ? s_row : 1, from, channels, 0, start, start_row, to, to_row});
 }
 
-// to_s[g] = Σ_j S_s(g, j) from[j] for a group and one frame. With softmax S_0 is the identity: a copy.
+// to[g] = Σ_j S_s(g, j) from[j] for a group and `frames` frames (m, channels). With softmax S_0 is the identity: a copy.
 template <class T>
-AUFAST_INLINE void mix_support(const Graph<T>& g, int64_t s, Group group, const T* from, int64_t channels, T* to,
-                               int64_t to_row, const T* zeros) {
+AUFAST_INLINE void mix_support(const Graph<T>& g, int64_t s, Group group, const T* from, int64_t frames,
+                               int64_t from_frame, int64_t channels, T* to, int64_t to_row, int64_t to_frame,
+                               const T* zeros) {
   if (!g.softmax || s > 0)
-    return mix<T>(g.supports + s * g.matrix(), g.row, false, group, g.nodes, from, channels, zeros, 0, to, to_row);
-  for (int64_t i = 0; i < group.size; ++i) copy_row(to + i * to_row, from + (group.begin + i) * channels, channels);
+    return multiply<T>({group.size, channels, g.nodes, 1, g.supports + s * g.matrix() + group.begin * g.row, 0, g.row, 1,
+                        from, channels, 0, zeros, 0, to, to_row, frames, from_frame, 0, to_frame});
+  for (int64_t f = 0; f < frames; ++f)
+    for (int64_t i = 0; i < group.size; ++i)
+      copy_row(to + f * to_frame + i * to_row, from + f * from_frame + (group.begin + i) * channels, channels);
 }
 
-// The transposed mix of a group over all supports: to[g] = start + Σ_s Σ_i S_s(i, g) from_s[i].
+// The transposed mix of a group over all supports and frames: to[g] = start[g] + Σ_s Σ_i S_s(i, g) from_s[i]. `start` is `to`
+// itself or null for zero.
 template <class T>
-AUFAST_INLINE void mix_back(const Graph<T>& g, Group group, const T* from, int64_t from_segment, int64_t channels,
-                            const T* start, int64_t start_row, T* to, int64_t to_row) {
-  multiply<T>({group.size, channels, g.nodes, g.order, g.supports + group.begin, g.matrix(), 1, g.row, from, channels,
-               from_segment, start, start_row, to, to_row});
+AUFAST_INLINE void mix_back(const Graph<T>& g, Group group, const T* from, int64_t from_segment, int64_t frames,
+                            int64_t from_frame, int64_t channels, bool accumulate, T* to, int64_t to_frame,
+                            const T* zeros) {
+  const int64_t dense = g.softmax ? 1 : 0;  // the identity S_0 adds its rows as they are
+  for (int64_t f = 0; f < frames && g.softmax; ++f)
+    for (int64_t i = 0; i < group.size * channels; i += lanes<T>) {
+      const vec<T> same = load<T>(from + f * from_frame + group.begin * channels + i);
+      store<T>(to + f * to_frame + i, accumulate ? load<T>(to + f * to_frame + i) + same : same);
+    }
+  const bool add = accumulate || g.softmax;
+  multiply<T>({group.size, channels, g.nodes, g.order - dense, g.supports + dense * g.matrix() + group.begin, g.matrix(),
+               1, g.row, from + dense * from_segment, channels, from_segment, add ? to : zeros, add ? channels : 0, to,
+               channels, frames, from_frame, add ? to_frame : 0, to_frame});
 }
 
 // S_0 … S_{K-1} from U. Every phase's items are groups of rows.
@@ -176,19 +190,84 @@ PoolBlock pool_block(const Thetas<T>& t, int64_t item) {
   }
 }
 
+// One block's Θ_i for a group, to `to` with `node` elements between nodes.
+template <class T>
+AUFAST_INLINE void theta_block(const Thetas<T>& t, Group group, const PoolBlock& b, T* to, int64_t node, const T* zeros) {
+  const Pool<T>& pool = t.pool[b.pool];
+  multiply<T>({group.size, b.rows * t.columns, t.embeddings, 1, t.Q + group.begin * t.embeddings, 0, t.embeddings, 1,
+               pool.weights + b.begin * t.columns, pool.rows * t.columns, 0, zeros, 0, to, node});
+}
+
 // Θ_i = Σ_e Q_ie W_e, node groups outermost so that a node's matrices are made by the thread that will use them.
 template <class T, class Team>
-void make_thetas(const Thetas<T>& t, Team& team, int64_t members, const T* zeros) {
+void make_thetas(const Thetas<T>& t, Team& team, int64_t members, T* scratch, const T* zeros) {
   const Groups groups(t.distinct, members, kMostNodes);
-  const int64_t blocks = t.blocks();
+  const int64_t blocks = t.blocks(), columns = t.columns;
   team.phase(groups.count * blocks, [&](int64_t item) {
     const Group group = groups[item / blocks];
     const PoolBlock b = pool_block(t, item % blocks);
-    const Pool<T>& pool = t.pool[b.pool];
-    multiply<T>({group.size, b.rows * t.columns, t.embeddings, 1, t.Q + group.begin * t.embeddings, 0, t.embeddings, 1,
-                 pool.weights + b.begin * t.columns, pool.rows * t.columns, 0, zeros, 0,
-                 t.theta + group.begin * t.block + pool.theta + b.begin * t.columns, t.block});
+    const int64_t offset = t.pool[b.pool].theta + b.begin * columns;
+    if (t.pairs == nullptr || t.pool[b.pool].rows == 1)
+      return theta_block<T>(t, group, b, t.theta + group.begin * t.block + offset, t.block, zeros);
+#if AUFAST_BF16
+    if constexpr (sizeof(T) == 4) {
+      theta_block<T>(t, group, b, scratch, b.rows * columns, zeros);
+      for (int64_t i = 0; i < group.size; ++i)
+        for (int64_t r = 0; r < b.rows; r += 2) {
+          const T* rows = scratch + (i * b.rows + r) * columns;
+          uint32_t* to = t.pairs + ((group.begin + i) * t.block + offset + r * columns) / 2;
+          for (int64_t n = 0; n < columns; n += 16)
+            _mm512_storeu_si512(to + n, reinterpret_cast<__m512i>(bf16_pairs(load<T>(rows + n), load<T>(rows + columns + n))));
+        }
+    }
+#else
+    (void)scratch;
+#endif
   });
+}
+
+// Rows times a node's matrices: C = start + Σ_s mixed_s Θ_s, over `depth` rows of Θ from row `begin` of each segment on. With
+// pairs the mixed rows are rounded to bfloat16 first, in place.
+template <class T>
+struct NodeProduct {
+  int64_t node, pool, begin, depth, segment_rows;
+  int64_t rows;
+  const T* mixed;
+  int64_t mixed_segment, mixed_row;
+  const T* start;
+  int64_t start_row;
+  T* C;
+  int64_t c_row;
+};
+template <class T>
+AUFAST_INLINE void multiply_node(const Thetas<T>& t, int64_t segments, const NodeProduct<T>& p) {
+  const int64_t offset = p.node * t.stride() + t.pool[p.pool].theta + p.begin * t.columns;
+#if AUFAST_BF16
+  if constexpr (sizeof(T) == 4)
+    if (t.pairs != nullptr)
+      return multiply_pairs({p.rows, t.columns, p.depth / 2, segments, reinterpret_cast<const uint32_t*>(p.mixed),
+                             p.mixed_segment, p.mixed_row, t.pairs + offset / 2, p.segment_rows * t.columns / 2, p.start,
+                             p.start_row, p.C, p.c_row, t.tiles});
+#endif
+  multiply<T>({p.rows, t.columns, p.depth, segments, p.mixed, p.mixed_segment, p.mixed_row, 1, t.theta + offset, t.columns,
+               p.segment_rows * t.columns, p.start, p.start_row, p.C, p.c_row});
+}
+
+// Rounds rows to bfloat16 in place: row r keeps its address and takes half its length.
+template <class T>
+AUFAST_INLINE void round_rows(const Thetas<T>& t, T* rows, int64_t count, int64_t width) {
+#if AUFAST_BF16
+  if constexpr (sizeof(T) == 4)
+    for (int64_t r = 0; r < count && t.pairs != nullptr; ++r) {
+      T* row = rows + r * width;
+      uint16_t* to = reinterpret_cast<uint16_t*>(row);
+      for (int64_t k = 0; k < width; k += 16)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + k),
+                            reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(row + k))));
+    }
+#else
+  (void)t, (void)rows, (void)count, (void)width;
+#endif
 }
 
 // grad W_e = Σ_i Q_ie grad Θ_i and grad Q_ie = ⟨grad Θ_i, W_e⟩, both in one pass over grad Θ.
@@ -236,4 +315,22 @@ void transpose_block(const TransposedPool<T>& pool, const T* Q, int64_t embeddin
   multiply<T>({group.size, width * row, embeddings, 1, Q + group.begin * embeddings, 0, embeddings, 1, scratch,
                kTransposed * row, 0, zeros, 0,
                theta + group.begin * pool.block + pool.theta + (segment * pool.live + begin) * row, pool.block});
+}
+
+// The door's conversions of bfloat16, n elements.
+inline void widen(const uint16_t* from, float* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + lanes<float> <= n; i += lanes<float>) store<float>(to + i, load_bf16(from + i));
+  for (; i < n; ++i) {
+    const uint32_t word = static_cast<uint32_t>(from[i]) << 16;
+    __builtin_memcpy(to + i, &word, 4);
+  }
+}
+inline void narrow(const float* from, uint16_t* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + lanes<float> <= n; i += lanes<float>) store_bf16(to + i, load<float>(from + i));
+  if (i == n) return;
+  uint16_t last[lanes<float>];
+  store_bf16(last, load_n<float>(from + i, static_cast<int>(n - i)));
+  for (int64_t k = 0; i < n; ++i, ++k) to[i] = last[k];
 }

@@ -8,9 +8,9 @@
 //
 //   AUFAST_PICK(crop_rows)(pointers, sizes);  // crop_rows of the level that this process runs
 //
-// AUFAST_CPU_ISA=baseline|avx2|avx512|avx512_bf16 forces a level (tests run them all); a level that is unknown or that this CPU
+// AUFAST_CPU_ISA=baseline|avx2|avx512|avx512_bf16|amx forces a level (tests run them all); a level that is unknown or that this CPU
 // lacks is an error at every call. The call that hands work to torch::stable::parallel_for stays outside NAME.inc: its lambda
-// slices the range and calls the picked function.
+// slices the range and calls the picked function. amx runs the functions of avx512_bf16, and lets them use matrix tiles.
 #pragma once
 
 #include <torch/headeronly/util/Exception.h>
@@ -22,10 +22,27 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace aufast {
 
-enum class Isa : int { baseline, avx2, avx512, avx512_bf16 };
+enum class Isa : int { baseline, avx2, avx512, avx512_bf16, amx };
+
+// Whether this process may use the bfloat16 matrix tiles of AMX: the CPU has them, and Linux grants their register state.
+inline bool tiles_granted() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a, b, c, d = 0;
+  __asm__("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "0"(7), "2"(0));
+  const bool has_tiles = (d >> 22 & 1) && (d >> 24 & 1);  // AMX-BF16, AMX-TILE
+  return has_tiles && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 inline Isa best_isa() {
 #if defined(__x86_64__)
@@ -33,7 +50,7 @@ inline Isa best_isa() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) return Isa::avx512_bf16;
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) return tiles_granted() ? Isa::amx : Isa::avx512_bf16;
   if (avx512) return Isa::avx512;
   if (avx2) return Isa::avx2;
 #endif
@@ -44,14 +61,14 @@ inline Isa choose_isa() {
   const Isa best = best_isa();
   const char* forced = std::getenv("AUFAST_CPU_ISA");
   if (forced == nullptr || *forced == '\0') return best;
-  const char* names[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
-  for (int level = 0; level < 4; ++level) {
+  const char* names[] = {"baseline", "avx2", "avx512", "avx512_bf16", "amx"};
+  for (int level = 0; level < 5; ++level) {
     if (std::strcmp(forced, names[level]) != 0) continue;
     STD_TORCH_CHECK(level <= static_cast<int>(best), "AUFAST_CPU_ISA=", forced,
                     " asks for more than this CPU has; its best level is ", names[static_cast<int>(best)]);
     return static_cast<Isa>(level);
   }
-  STD_TORCH_CHECK(false, "AUFAST_CPU_ISA must be baseline, avx2, avx512 or avx512_bf16, got ", forced);
+  STD_TORCH_CHECK(false, "AUFAST_CPU_ISA must be baseline, avx2, avx512, avx512_bf16 or amx, got ", forced);
 }
 
 // Resolved once per process; a wrong AUFAST_CPU_ISA throws again at every call.
@@ -64,7 +81,7 @@ inline Isa isa() {
 
 #if defined(__x86_64__)
 #define AUFAST_PICK(function)                                                                                            \
-  (::aufast::isa() == ::aufast::Isa::avx512_bf16                                                                         \
+  (::aufast::isa() >= ::aufast::Isa::avx512_bf16                                                                         \
        ? &isa_avx512_bf16::function                                                                                      \
        : (::aufast::isa() == ::aufast::Isa::avx512                                                                       \
               ? &isa_avx512::function                                                                                    \

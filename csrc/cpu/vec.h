@@ -87,6 +87,14 @@ AUFAST_INLINE void store_bf16(uint16_t* p, vec<float> v) {
   *reinterpret_cast<vec_half_bits_unaligned*>(p) = to_bf16(v);
 }
 
+// Two rows as the pairs (a_i, b_i) that a bfloat16 dot product takes, a in the low half.
+AUFAST_INLINE vec_word bf16_pairs(vec<float> a, vec<float> b) {
+  const vec_word low = reinterpret_cast<vec_word>(a), high = reinterpret_cast<vec_word>(b);
+  const vec_word low_rounded = a == a ? low + 0x7fffu + ((low >> 16) & 1u) : low | 0x400000u;
+  const vec_word high_rounded = b == b ? high + 0x7fffu + ((high >> 16) & 1u) : high | 0x400000u;
+  return (low_rounded >> 16) | (high_rounded & 0xffff0000u);
+}
+
 // exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2. Gives 2^n and exp(r) - 1, so that callers lose nothing near 0.
 // x must lie where 2^n is a normal number; a NaN goes through.
 AUFAST_INLINE vec<float> exp_parts(vec<float> x, vec<float>& power) {
