@@ -10,9 +10,11 @@ from aufast.data.frames import iterate_frames
 from aufast.data.generic import read_table
 from aufast.data.protocols import FOLDS, check_disjoint, fold, official_split, subject_parts
 from aufast.data.records import Video
+from aufast.data.synthetic import Recipe, synthesize
 
 __all__ = [
     "FOLDS",
+    "Recipe",
     "Report",
     "Video",
     "check_dataset",
@@ -27,4 +29,5 @@ __all__ = [
     "read_disfa",
     "read_table",
     "subject_parts",
+    "synthesize",
 ]
