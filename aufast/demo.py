@@ -238,7 +238,7 @@ def compare_operators() -> None:
             f" {error:>23.1e}"
         )
     if "reference" in chosen.values():
-        print("  by reference: nothing fused can run here; `aufast backends` says why")
+        print("  by reference: no fused kernel of it can run here; `aufast backends` says why")
 
 
 def _median_times(call, names: Sequence[str], seconds: float = 0.6) -> list[float]:
