@@ -27,15 +27,15 @@ class Shapes:
             name: of the argument.
             tensor: its value.
             axes: a letter binds or must equal an earlier size; an integer is that size; "..." takes any axes.
-            like: another argument as (name, tensor) whose dtype and device must be equal.
+            like: another argument, whose dtype and device must be equal.
         """
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{self.operator}: {name} must be a tensor, got {type(tensor).__name__}")
         if tensor.dtype not in FLOATS:
             wanted = "float16, bfloat16, float32 or float64"
             raise TypeError(f"{self.operator}: {name} must be {wanted}, got {tensor.dtype}")
-        shape = tensor.shape
-        if axes[0] == "...":
+        shape, leading = tensor.shape, axes[0] == "..."
+        if leading:
             axes = axes[1:]
             shape = shape[max(tensor.dim() - len(axes), 0) :]
         fits = len(shape) == len(axes)
@@ -44,7 +44,7 @@ class Shapes:
                 expected = axis if isinstance(axis, int) else self.sizes.setdefault(axis, size)
                 fits = fits and expected == size
         if not fits:
-            wanted = ", ".join(self._describe(axis) for axis in axes)
+            wanted = ", ".join([*["..."] * leading, *map(self._describe, axes)])
             raise ValueError(f"{self.operator}: {name} must have shape ({wanted}), got {tuple(tensor.shape)}")
         if like is not None:
             self.same(name, tensor, like)
@@ -62,7 +62,7 @@ class Shapes:
         return f"{axis}={self.sizes[axis]}" if axis in self.sizes else str(axis)
 
 
-def positive_pair(operator: str, name: str, value: object) -> tuple[int, int]:
+def output_size(operator: str, name: str, value: object) -> tuple[int, int]:
     """Check an output size `(h, w)` of non-negative integers."""
     try:
         height, width = value

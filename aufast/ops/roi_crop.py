@@ -11,7 +11,7 @@ from torch._ops import OpOverload
 from aufast import reference
 from aufast.ops.autocast import keep_float
 from aufast.ops.backends import choose
-from aufast.ops.checks import Shapes, positive_pair
+from aufast.ops.checks import Shapes, output_size
 from aufast.ops.registration import (
     dense,
     image_format,
@@ -55,7 +55,7 @@ def roi_crop(
     """
     rois = keep_float(rois, features)
     _check(features, rois, align_corners)
-    height, width = positive_pair("roi_crop", "size", size)
+    height, width = output_size("roi_crop", "size", size)
     chosen = choose("roi_crop", features, backend)
     if chosen == "reference":
         return reference.roi_crop(features, rois, (height, width), align_corners=align_corners)

@@ -51,7 +51,7 @@ WRONG: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"size": None}, SIZE + "None"),
     ],
     "graph_conv": [
-        ({"x": zeros(3)}, r"x must have shape \(m, cin\), got \(3,\)"),
+        ({"x": zeros(3)}, r"x must have shape \(\.\.\., m, cin\), got \(3,\)"),
         ({"U": zeros(4, 2)}, r"U must have shape \(m=5, ce=2\), got \(4, 2\)"),
         ({"Q": zeros(4, 2)}, r"Q must have shape \(m=5, ce=2\), got \(4, 2\)"),
         ({"Q": zeros(5, 3)}, r"Q must have shape \(m=5, ce=2\), got \(5, 3\)"),
