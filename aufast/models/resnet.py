@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -105,12 +107,11 @@ class ResNet18(nn.Module):
             weights: a state dict with torchvision's names, or the path of a safetensors file that holds one.
 
         Raises:
-            ValueError: a parameter other than `fc` is missing, unknown or of another shape; it is named.
+            ValueError: a file that is missing or no whole safetensors file, or a parameter other than `fc`
+                that is missing, unknown or of another shape; it is named.
         """
         if isinstance(weights, (str, Path)):
-            from safetensors.torch import load_file
-
-            weights = load_file(weights)
+            weights = _read_safetensors(Path(weights))
         own = self.state_dict()
         for key, value in own.items():
             # Files from before PyTorch 0.4.1 do not count batches.
@@ -126,3 +127,13 @@ class ResNet18(nn.Module):
                 raise ValueError(f"ResNet18: the ImageNet weights hold an unknown parameter {key!r}")
         fits = {key: value for key, value in weights.items() if value.shape == own[key].shape}
         self.load_state_dict({**own, **fits})
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(
+            f"{path}: cannot be read as ImageNet weights, which must be a safetensors file or a state dict; "
+            f"nothing is unpickled here ({error})"
+        ) from error

@@ -124,6 +124,18 @@ def test_load_imagenet_reads_a_safetensors_file(imagenet, tmp_path):
     assert torch.equal(model.conv1.weight, imagenet["conv1.weight"])
 
 
+@pytest.mark.parametrize("damage", ["cut", "pickle", "missing"])
+def test_load_imagenet_names_a_file_it_cannot_read(imagenet, tmp_path, damage):
+    path = tmp_path / "resnet18.bin"
+    if damage == "pickle":
+        torch.save(imagenet, path)
+    elif damage == "cut":
+        save_file(imagenet, path)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"resnet18\.bin: cannot be read as ImageNet weights"):
+        ResNet18(12).load_imagenet(path)
+
+
 def test_load_imagenet_accepts_files_without_batch_counts_and_classifier(imagenet):
     kept = {k: v for k, v in imagenet.items() if not k.startswith("fc.") and "num_batches" not in k}
     model = ResNet18(12)
