@@ -11,8 +11,8 @@ import torch
 from aufast.faces.landmarks import Points, as_points_49
 
 # Per AU: first point, second point (49-point scheme), and the shift down in units of s, the horizontal
-# distance of the inner eye corners. The first point is the image-left one, except for AU 17 and 26
-# (image-right first) and AU 23, 24 and 25, whose two points are the middle of the upper and of the lower lip.
+# distance of the inner eye corners. The first point is the image-left one, except for AU 23, 24 and 25, whose
+# two points are the middle of the upper and of the lower lip.
 CENTERS: dict[int, tuple[int, int, float]] = {
     1: (4, 5, -1 / 2),
     2: (1, 8, -1 / 3),
@@ -24,23 +24,16 @@ CENTERS: dict[int, tuple[int, int, float]] = {
     12: (31, 37, 0.0),
     14: (31, 37, 0.0),
     15: (31, 37, 0.0),
-    17: (39, 41, 1 / 2),
+    17: (41, 39, 1 / 2),
     23: (34, 40, 0.0),
     24: (34, 40, 0.0),
     25: (34, 40, 0.0),
-    26: (39, 41, 1 / 2),
+    26: (41, 39, 1 / 2),
 }
 
-# MARGL cuts the face into halves, so there every AU has one centre in each: 17 and 26 put the image-left
-# point first, and 23, 24 and 25, which lie on the midline, take the two peaks of the upper lip.
-HALVES: dict[int, tuple[int, int, float]] = {
-    **CENTERS,
-    17: (41, 39, 1 / 2),
-    26: (41, 39, 1 / 2),
-    23: (33, 35, 0.0),
-    24: (33, 35, 0.0),
-    25: (33, 35, 0.0),
-}
+# MARGL cuts the face into halves, so there every AU has one centre in each: 23, 24 and 25, which lie on the
+# midline, take the two peaks of the upper lip.
+HALVES: dict[int, tuple[int, int, float]] = {**CENTERS, **dict.fromkeys((23, 24, 25), (33, 35, 0.0))}
 
 _TABLES = {"attention": CENTERS, "margl": HALVES}
 _INNER_EYE_CORNERS = (22, 25)
