@@ -187,7 +187,7 @@ def graph_conv_fused_kernel(
             known = in_row[:, None] & (c < channels)[None, :]
             mixed = tl.zeros((BLOCK_ROWS, BLOCK_INNER), tl.float32)
             for j in range(nodes):
-                weight = tl.load(matrix_ptr + (i * order + k) * nodes + j)
+                weight = tl.load(matrix_ptr + ((i * order + k) * nodes + j))
                 mixed += weight * tl.load(x_ptrs, known, other=0.0)  # (rows, c)
                 x_ptrs += x_stride_j
             theta_ptrs = (
@@ -329,7 +329,7 @@ def _mix(matrix: Tensor, x: Tensor) -> Tensor:
     """matrix (rows, inner) · x (n, inner, c) -> (n, rows, c) in x's dtype."""
     count, inner, channels = x.shape
     out = x.new_empty(count, len(matrix), channels)
-    block_rows = _block(len(matrix), 64)
+    block_rows = _block(len(matrix), 32)
     block_columns = 128 if block_rows == 16 else 64
     grid = (triton.cdiv(count * channels, block_columns), triton.cdiv(len(matrix), block_rows))
     graph_conv_mix_kernel[grid](
@@ -403,7 +403,7 @@ def _support_gradient(P: Tensor, x: Tensor) -> Tensor:
     nodes = x.shape[1]
     parts, per_part = _parts(count * channels, COLUMNS_PER_PART)
     partial = P.new_empty(parts, rows, nodes, dtype=torch.float32)
-    block = _block(rows, 64)
+    block = _block(rows, 32)
     grid = (parts, triton.cdiv(rows, block), triton.cdiv(nodes, block))
     graph_conv_support_gradient_kernel[grid](
         partial, P, x, count * channels, per_part, rows, nodes, channels, *x.stride(),

@@ -46,6 +46,13 @@ def _wide(i):
 
 
 @triton.jit
+def _tanh(x):
+    """Accurate where it saturates: 1 - tanh² is the gradient's factor."""
+    e = tl.exp(-2 * tl.abs(x))
+    return tl.where(x < 0, e - 1, 1 - e) / (1 + e)
+
+
+@triton.jit
 def _mix(
     out_ptr,
     matrix_ptr,
@@ -150,7 +157,7 @@ def graph_gru_kernel(
                     zeros, mixed, in_batch, theta, in_out, inner, 1, 3 * channels, PRECISION, BLOCK_INNER
                 )
                 candidate += tl.load(gates_ptr + gate, known, other=0.0)
-                candidate = 2 * tl.sigmoid(2 * candidate) - 1  # tanh
+                candidate = _tanh(candidate)
                 z = tl.load(update_ptr + node, known, other=0.0)
                 h = tl.load(state_ptr + node, known, other=0.0)
                 new = z * h + (1 - z) * candidate

@@ -161,7 +161,8 @@ def roi_crop_features_gradient_kernel(
     c = tl.program_id(1).to(tl.int64) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     in_channels = (c < channels)[None, :]
     acc = tl.zeros((SIDE * SIDE, BLOCK_CHANNELS), tl.float32)
-    for region in range(regions):
+    for number in range(regions):
+        region = tl.full((), 0, tl.int64) + number
         xx, xy, x0, yx, yy, y0, finite = _region(rois_ptr, b * regions + region, height, width, BOXES)
         first_x, last_x = _reach(xx, xy, x0, width, out_width, out_height, ALIGN)
         first_y, last_y = _reach(yx, yy, y0, height, out_width, out_height, ALIGN)
