@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from aufast.aus import AU_SETS
+from aufast.labels import check_labels
 from aufast.models.config import Checker
 from aufast.models.layers import ACTIVATIONS, NodeLinear, check_pictures, full_precision
 from aufast.models.pretrained import Pretrained
@@ -140,28 +141,17 @@ def relation_adjacency(
         (m, m) float32, not symmetric in general, with ones on the diagonal.
 
     Raises:
+        TypeError: mask is not a bool tensor.
         ValueError: an AU never occurs (it is named), a coded label is not 0 or 1, or shapes disagree.
 
     Source: MARGL eq. (3).
     """
-    if labels.dim() != 2 or labels.shape[1] != len(aus):
-        raise ValueError(f"relation_adjacency: labels must be (n, {len(aus)}), got {tuple(labels.shape)}")
-    coded = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask
-    if coded.dtype != torch.bool or coded.shape != labels.shape:
-        raise ValueError(
-            f"relation_adjacency: mask must be bool {tuple(labels.shape)}, "
-            f"got {coded.dtype} {tuple(coded.shape)}"
-        )
+    if not isinstance(labels, Tensor) or labels.dim() != 2:
+        found = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(f"relation_adjacency: labels must be a tensor (n, {len(aus)}), got {found}")
     if not 0 <= threshold <= 1:
         raise ValueError(f"relation_adjacency: threshold must be in [0, 1], got {threshold}")
-    occurs = coded & (labels == 1)
-    wrong = coded & ~occurs & (labels != 0)
-    if wrong.any():
-        row, column = wrong.nonzero()[0].tolist()
-        raise ValueError(
-            f"relation_adjacency: labels must be 0 or 1 where coded, got {labels[row, column].item()} for "
-            f"AU {aus[column]}"
-        )
+    occurs, coded = check_labels(labels, mask, (len(labels), len(aus)), aus)
     for au, count in zip(aus, occurs.sum(0).tolist(), strict=True):
         if count == 0:
             raise ValueError(f"relation_adjacency: AU {au} never occurs in labels")

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aufast.train.labels import check_labels, check_mask
+from aufast.labels import check_labels, check_mask
 from aufast.train.weights import AARWeights
 
 

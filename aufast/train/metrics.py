@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from aufast.aus import AU_NAMES
-from aufast.train.labels import check_labels
+from aufast.labels import check_labels
 
 
 @dataclass(frozen=True)

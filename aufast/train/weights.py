@@ -9,7 +9,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from aufast.train.labels import check_labels
+from aufast.labels import check_labels
 
 
 @dataclass(frozen=True, eq=False)

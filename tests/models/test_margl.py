@@ -185,11 +185,19 @@ def test_a_probability_of_exactly_the_threshold_is_an_edge():
             lambda: relation_adjacency(torch.tensor([[1, 0], [1, 0]]), aus=(1, 4)),
             "AU 4 never occurs",
         ),
-        (lambda: relation_adjacency(torch.tensor([[1, 9]]), aus=(1, 4)), "got 9 for AU 4"),
-        (lambda: relation_adjacency(torch.ones(3), aus=(1,)), r"labels must be \(n, 1\), got \(3,\)"),
+        (lambda: relation_adjacency(torch.tensor([[1, 9]]), aus=(1, 4)), "labels has the value 9 for AU 4"),
+        (
+            lambda: relation_adjacency(torch.ones(3), aus=(1,)),
+            r"labels must be a tensor \(n, 1\), got \(3,\)",
+        ),
+        (lambda: relation_adjacency([[1]], aus=(1,)), r"labels must be a tensor \(n, 1\), got list"),
+        (
+            lambda: relation_adjacency(torch.ones(3, 2), aus=(1,)),
+            r"labels has shape \(3, 2\), expected \(3, 1\)",
+        ),
         (
             lambda: relation_adjacency(torch.ones(3, 1), torch.ones(3, 1), aus=(1,)),
-            "mask must be bool",
+            "mask must be a bool tensor",
         ),
         (lambda: relation_adjacency(torch.ones(3, 1), aus=(1,), threshold=30), "threshold must be in"),
         (lambda: small("margl").set_adjacency(torch.eye(4)), r"must be \(3, 3\), got \(4, 4\)"),
@@ -200,10 +208,22 @@ def test_a_probability_of_exactly_the_threshold_is_an_edge():
         ),
         (lambda: small("maroi").set_adjacency(torch.eye(3)), "no relation graph"),
     ],
-    ids=["never", "code-9", "rank", "mask", "threshold", "size", "negative", "empty-row", "no-graph"],
+    ids=[
+        "never",
+        "code-9",
+        "rank",
+        "list",
+        "columns",
+        "mask",
+        "threshold",
+        "size",
+        "negative",
+        "empty-row",
+        "no-graph",
+    ],
 )
 def test_bad_relations_are_named(call, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         call()
 
 
