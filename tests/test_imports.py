@@ -1,0 +1,58 @@
+"""Imports run one way: a room imports from its own level and from lower ones, never from higher ones."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LEVELS = (
+    ("aus", "labels"),
+    ("reference", "kernels"),
+    ("ops",),
+    ("nn",),
+    ("data", "faces", "models"),
+    ("train", "label", "plot"),
+    ("demo", "cli"),
+)
+LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removeprefix("aufast."): path
+    for folder in ("aufast", "kernels")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if path != ROOT / "aufast" / "__init__.py"
+}
+
+
+def imported(path: Path) -> set[str]:
+    """The rooms of aufast that a file imports from, inside functions too, but not for type checkers."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for_checkers = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    names = []
+    for node in ast.walk(tree):
+        if id(node) in for_checkers:
+            continue
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return {name.split(".")[1] for name in names if name.startswith("aufast.")}
+
+
+def test_every_room_has_a_level() -> None:
+    rooms = {name.split(".")[0] for name in FILES}
+    assert rooms <= LEVEL.keys(), rooms - LEVEL.keys()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_nothing_lower_imports_anything_higher(name: str) -> None:
+    level = LEVEL[name.split(".")[0]]
+    higher = {room for room in imported(FILES[name]) if LEVEL.get(room, 0) > level}
+    assert not higher, f"{name} imports {', '.join(sorted(higher))}"
