@@ -1,7 +1,7 @@
 // Multi-ROI affine crop-and-resize on the CPU: affine_grid + bilinear grid_sample with zeros outside, and its
 // gradients.
 //
-// Geometry is computed once per ROI, in double, and shared by all channels. A work item is one image and one
+// Geometry is computed in double and shared by all channels. A work item is one image and one
 // tile of channels (forward: and a group of ROIs). It brings the tile of the map into its own small buffer,
 // where one pixel's channels are a vector, takes every ROI from there, and alone writes its part of the crops
 // or of the feature gradient: nothing is atomic and no result depends on the number of threads.
@@ -73,14 +73,15 @@ int64_t tile_of(const Shape& s, bool channels_last) {
 }
 
 // The buffers of one thread, and the walk over the ROIs of its items.
-template <class T>
+template <class T, class R>
 class Worker {
  public:
   using A = accumulator<T>;
 
-  Worker(const Shape& s, const Geometry<A>& geometry, bool channels_last)
+  Worker(const Shape& s, const R* rois, bool channels_last)
       : s_(s),
-        geometry_(geometry),
+        rois_(rois),
+        geometry_(s),
         map_layout_{channels_last, channels_last ? s.channels : s.height * s.width,
                     tile_of(s, channels_last)},
         crop_layout_{channels_last, channels_last ? s.channels : s.out_height * s.out_width,
@@ -97,7 +98,7 @@ class Worker {
     for (int64_t k = 0; k < tiles; ++k) read(features, b, first + k * tile, last, map + k * size);
     const auto crop = AUFAST_PICK(crop<T>);
     for (int64_t n = begin; n < end; ++n) {
-      const Taps<A> taps = geometry_[b * s_.rois + n];
+      const Taps<A> taps = geometry_[n - begin];
       for (int64_t k = 0; k < tiles; ++k) {
         const int64_t c = first + k * tile, channels = std::min(tile, last - c);
         T* to = out + crop_offset(b, n, c);
@@ -128,7 +129,7 @@ class Worker {
     if (sum) std::fill_n(sum, tiles * size, A(0));
     const auto crop_backward = AUFAST_PICK(crop_backward<T>);
     for (int64_t n = 0; n < s_.rois; ++n) {
-      const Taps<A> taps = geometry_[b * s_.rois + n];
+      const Taps<A> taps = geometry_[n];
       for (int64_t k = 0; k < tiles; ++k) {
         double* result = terms ? terms + n * terms_stride + k * kTerms : nullptr;
         const int64_t c = first + k * tile, channels = std::min(tile, last - c);
@@ -170,16 +171,19 @@ class Worker {
     AUFAST_PICK(read_window<T>)(features + map_offset(b, first), map_layout_, channels, s_, window_, map);
   }
 
-  // Window and offsets of the ROIs [begin, end) of image b; the next tile of the same image finds them done.
+  // Geometry, window and offsets of the ROIs [begin, end) of image b; the next range of the same image finds
+  // them done.
   void prepare(int64_t b, int64_t begin, int64_t end) {
     if (b == image_ && begin == begin_) return;
     image_ = b;
     begin_ = begin;
-    window_ = find_window(b, begin, end);
-    offsets_.resize((end - begin) * geometry_.entries());
-    for (int64_t n = begin; n < end; ++n) {
-      const Taps<A> taps = geometry_[b * s_.rois + n];
-      if (taps.finite) find_offsets(taps, offsets_.data() + (n - begin) * geometry_.entries());
+    const int64_t count = end - begin;
+    geometry_.place(rois_ + (b * s_.rois + begin) * s_.roi_size(), count);
+    window_ = find_window(count);
+    offsets_.resize(count * geometry_.entries());
+    for (int64_t k = 0; k < count; ++k) {
+      const Taps<A> taps = geometry_[k];
+      if (taps.finite) find_offsets(taps, offsets_.data() + k * geometry_.entries());
     }
   }
 
@@ -198,19 +202,19 @@ class Worker {
   }
 
   // The whole map where the taps would read most of it anyway, else the rectangle that holds them.
-  Window find_window(int64_t b, int64_t begin, int64_t end) const {
-    if (s_.height * s_.width <= 2 * (end - begin) * s_.out_height * s_.out_width)
-      return {0, s_.height, 0, s_.width};
+  Window find_window(int64_t count) const {
+    if (s_.height * s_.width <= 2 * count * s_.out_height * s_.out_width) return {0, s_.height, 0, s_.width};
     Window w{s_.height, 0, s_.width, 0};
     const auto include = [](const int32_t* lo, const int32_t* hi, int64_t entries, int64_t size,
                             int64_t& first, int64_t& last) {
       for (int64_t k = 0; k < entries; ++k) {
-        first = std::min(first, std::max<int64_t>(lo[k] < 0 ? hi[k] : lo[k], 0));
+        if (hi[k] < 0) continue;
+        first = std::min(first, std::max<int64_t>(lo[k], 0));
         last = std::max(last, std::min<int64_t>(hi[k] + 1, size));
       }
     };
-    for (int64_t n = begin; n < end; ++n) {
-      const Taps<A> t = geometry_[b * s_.rois + n];
+    for (int64_t k = 0; k < count; ++k) {
+      const Taps<A> t = geometry_[k];
       if (!t.finite) continue;
       include(t.x_lo, t.x_hi, t.columns, s_.width, w.left, w.right);
       include(t.y_lo, t.y_hi, t.rows, s_.height, w.top, w.bottom);
@@ -242,7 +246,8 @@ class Worker {
   }
 
   const Shape& s_;
-  const Geometry<A>& geometry_;
+  const R* rois_;
+  Geometry<A> geometry_;
   Layout map_layout_, crop_layout_;
   int64_t image_ = -1, begin_ = -1;
   Window window_{};
@@ -267,12 +272,11 @@ struct Cut {
 // T is the storage type; uint16_t stands for bfloat16.
 template <class T, class R>
 void forward(const T* features, const R* rois, T* out, const Shape& s, bool channels_last) {
-  const Geometry<accumulator<T>> geometry(rois, s);
   const Cut cut(s, channels_last, sizeof(accumulator<T>));
   const int64_t groups = std::clamp<int64_t>(kEnoughItems / (s.batch * cut.ranges), 1, s.rois);
   const int64_t grain = grain_of(cut.range * s.out_height * s.out_width * s.rois / groups);
   torch::stable::parallel_for(0, s.batch * cut.ranges * groups, grain, [&](int64_t begin, int64_t end) {
-    Worker<T> worker(s, geometry, channels_last);
+    Worker<T, R> worker(s, rois, channels_last);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / (cut.ranges * groups), group = item / cut.ranges % groups,
                     first = item % cut.ranges * cut.range;
@@ -305,12 +309,11 @@ void finish_rois(const double* terms, int64_t tiles, const Shape& s, R* grad_roi
 template <class T, class R>
 void backward(const T* grad, const T* features, const R* rois, T* grad_features, R* grad_rois, const Shape& s,
               bool channels_last) {
-  const Geometry<accumulator<T>> geometry(rois, s);
   const Cut cut(s, channels_last, 2 * sizeof(accumulator<T>));
   std::vector<double> terms(grad_rois ? s.batch * s.rois * cut.tiles * kTerms : 0);
   const int64_t grain = grain_of(cut.range * s.out_height * s.out_width * s.rois);
   torch::stable::parallel_for(0, s.batch * cut.ranges, grain, [&](int64_t begin, int64_t end) {
-    Worker<T> worker(s, geometry, channels_last);
+    Worker<T, R> worker(s, rois, channels_last);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / cut.ranges, first = item % cut.ranges * cut.range;
       double* to = grad_rois ? terms.data() + (b * s.rois * cut.tiles + first / cut.tile) * kTerms : nullptr;

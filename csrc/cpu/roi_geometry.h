@@ -2,8 +2,6 @@
 // double, and shared by all channels.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -14,6 +12,7 @@ namespace {
 struct Shape {
   int64_t batch, rois, channels, height, width, out_height, out_width;
   bool boxes, align_corners;
+  int64_t roi_size() const { return boxes ? 4 : 6; }
 };
 
 // The taps of one ROI. Indices are map pixels, -1 or the map's size where outside. Separable: one entry per
@@ -77,28 +76,30 @@ void find_cell(double position, int64_t size, int32_t& lo, int32_t& hi, A& weigh
   weight_hi = static_cast<A>(position - lo);
 }
 
-// The taps of all ROIs of a call.
+// The taps of some ROIs of one image.
 template <class A>
 class Geometry {
  public:
-  template <class R>
-  Geometry(const R* rois, const Shape& s)
+  explicit Geometry(const Shape& s)
       : shape_(s),
         columns_(s.boxes ? s.out_width : s.out_width * s.out_height),
         rows_(s.boxes ? s.out_height : columns_),
-        index_(s.batch * s.rois * 2 * (columns_ + rows_)),
-        weight_(index_.size()),
-        normal_(s.out_width + s.out_height),
-        finite_(s.batch * s.rois),
-        separable_(s.batch * s.rois) {
-    for (int64_t u = 0; u < s.out_width; ++u)
+        normal_(s.out_width + s.out_height) {
+    for (int64_t u = 0; u < s.out_width; ++u) {
       normal_[u] = static_cast<A>(numerator(u, s.out_width) / divisor(s.out_width));
+    }
     for (int64_t v = 0; v < s.out_height; ++v) {
       normal_[s.out_width + v] = static_cast<A>(numerator(v, s.out_height) / divisor(s.out_height));
     }
-    torch::stable::parallel_for(0, s.batch * s.rois, 64, [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) place(n, read_region<A>(rois + n * (s.boxes ? 4 : 6), s));
-    });
+  }
+
+  template <class R>
+  void place(const R* rois, int64_t count) {
+    index_.resize(count * entries());
+    weight_.resize(count * entries());
+    finite_.resize(count);
+    separable_.resize(count);
+    for (int64_t n = 0; n < count; ++n) place(n, read_region<A>(rois + n * shape_.roi_size(), shape_));
   }
 
   // Of all taps of one ROI.
@@ -160,7 +161,7 @@ class Geometry {
     }
   }
 
-  Shape shape_;
+  const Shape& shape_;
   int64_t columns_, rows_;
   std::vector<int32_t> index_;
   std::vector<A> weight_, normal_;
