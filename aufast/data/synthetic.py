@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import json
-import multiprocessing
 import os
 import shutil
 import tempfile
@@ -22,7 +21,7 @@ import numpy as np
 from aufast.aus import AU_NAMES, AU_SETS
 from aufast.data.canvas import Placement
 from aufast.data.landmarks import write_landmarks
-from aufast.data.progress import Progress
+from aufast.data.parallel import run_all
 from aufast.data.protocols import FOLDS
 from aufast.data.records import MARKER
 from aufast.data.synthetic_face import View, draw_identity, render
@@ -100,22 +99,12 @@ def synthesize(root: str | os.PathLike[str], recipe: Recipe = Recipe(), workers:
     root = Path(root)
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise ValueError(f"{root}: already exists; synthetic data goes to a new or an empty folder")
-    if workers < 1:
-        raise ValueError(f"workers must be at least 1, got {workers}")
     root.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{root.name}.", suffix=".tmp", dir=root.parent))
     try:
         jobs = [(work, recipe, s, v) for s in range(recipe.subjects) for v in range(recipe.videos)]
-        progress = Progress(f"drawing synthetic {recipe.layout}, videos", len(jobs))
-        if workers == 1:
-            for job in jobs:
-                _write_video(job)
-                progress.update()
-        else:
-            with multiprocessing.get_context("spawn").Pool(min(workers, len(jobs))) as pool:
-                for _ in pool.imap_unordered(_write_video, jobs):
-                    progress.update()
-        progress.close()
+        for _ in run_all(_write_video, jobs, workers, f"drawing synthetic {recipe.layout}, videos"):
+            pass
         about = {"synthetic": True, "about": "drawn faces, nobody's; no measurement on them is one of people"}
         (work / MARKER).write_text(json.dumps({**about, **vars(recipe)}, indent=2) + "\n", encoding="utf-8")
         work.chmod(0o755)  # mkdtemp makes it private
