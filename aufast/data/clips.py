@@ -68,8 +68,9 @@ class Cropping:
             side = int(generator.integers(self.smallest, self.largest + 1))
             left, top = generator.integers(0, face - side + 1, 2).tolist()
             mirrored = self.mirror and bool(generator.integers(2))
-        cut = torch.from_numpy(np.ascontiguousarray(images[..., top : top + side, left : left + side, :]))
-        points = torch.from_numpy(np.asarray(landmarks, np.float32)) - torch.tensor([left, top])
+        # Copied: the pixels are mapped from disk and not to be written to.
+        cut = torch.from_numpy(np.array(images[..., top : top + side, left : left + side, :], order="C"))
+        points = torch.from_numpy(np.array(landmarks, np.float32)) - torch.tensor([left, top])
         if side != self.size:
             cut = _resize(cut, self.size)
             points = (points + 0.5) * (self.size / side) - 0.5  # pixel edges stay edges, not centres

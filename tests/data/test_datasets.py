@@ -14,6 +14,7 @@ from aufast.data import (
     AAR_CROPPING,
     MARGL_CROPPING,
     ClipDataset,
+    Cropping,
     FrameDataset,
     PackedDataset,
     Recipe,
@@ -128,6 +129,16 @@ def test_videos_travel_without_their_pixels(data: PackedDataset) -> None:
     travelled = pickle.dumps(data.videos)
     assert len(travelled) < 2000
     assert same(FrameDataset(pickle.loads(travelled), AAR_CROPPING, train=False)[0], item)
+
+
+@pytest.mark.filterwarnings("error")
+def test_items_are_copies_of_the_mapped_pixels(data: PackedDataset) -> None:
+    """Also where the crop is the whole face, or the landmarks are not moved."""
+    frames = FrameDataset(data.videos, Cropping(200, 200, 200, mirror=False), train=True)
+    item = frames[0]
+    for value in item.values():
+        value.zero_()
+    assert frames[0]["image"].any() and frames[0]["landmarks"].any()
 
 
 def test_refuses(data: PackedDataset) -> None:
