@@ -47,8 +47,8 @@ def graph_gru(
         W_h: candidate state, as W_z.
         h0: (B, m, c) first state; None means zeros. Low precision is taken as float32.
         biases: (b_z, b_r, b_h), each (ce, c), adding `Q·b` to its gate; None for none.
-        lengths: (B,) int64 on x's device: the steps of each sequence. Later outputs are zero, the last state
-            is the one at the sequence's own end.
+        lengths: (B,) int64 on x's device: the steps of each sequence, less than 0 being 0 and more than T
+            being T. Later outputs are zero, the last state is the one at the sequence's own end.
         normalization: "global" (AAR) or "softmax" (AGCRN).
         backend: "auto", "reference", "cpu", "cuda" or "triton"; None for the one of `aufast.use_backend`.
 

@@ -1,10 +1,11 @@
 // Threads that go through the same phases together. No include guard: read once per level.
 //
-// A phase is a number of independent items; nobody leaves it before all its items are done. Every member owns an equal range
-// of the items, always the same one, so that what it touched stays in its cache. A member that has no item left takes those of
-// members that have not arrived, and after a while of waiting those of anybody: whoever is there can finish alone. So a crew is
-// right, and cannot hang, with however few threads the pool gives it: none of them ever waits for a thread to *arrive*, only
-// for one that is running an item. An item computes the same bits whoever runs it.
+// A phase is a number of independent items; nobody leaves it before all its items are done. Every member owns
+// an equal range of the items, always the same one, so that what it touched stays in its cache. A member that
+// has no item left takes those of members that have not arrived, and after a while of waiting those of
+// anybody: whoever is there can finish alone. So a crew is right, and cannot hang, with however few threads
+// the pool gives it: none of them ever waits for a thread to *arrive*, only for one that is running an item.
+// An item computes the same bits whoever runs it.
 
 struct Crew {
   CrewSeat* seats;    // one per member
@@ -39,7 +40,8 @@ struct Crew {
   }
 
  private:
-  // Runs what is left of a member's range. Its seat holds the phase and how many of the range are taken, in one word.
+  // Runs what is left of a member's range. Its seat holds the phase and how many of the range are taken, in
+  // one word.
   template <class Body>
   int64_t take(int member, int64_t items, const Body& body) {
     const int64_t begin = member * items / members;
@@ -50,7 +52,8 @@ struct Crew {
       const uint64_t taken = word >> 32 == phase_number ? word & 0xffffffffu : 0;
       if (word >> 32 > phase_number || taken >= size) return done;
       const uint64_t claim = phase_number << 32 | (taken + 1);
-      if (!__atomic_compare_exchange_n(&seats[member].word, &word, claim, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE))
+      if (!__atomic_compare_exchange_n(&seats[member].word, &word, claim, false, __ATOMIC_ACQ_REL,
+                                       __ATOMIC_ACQUIRE))
         continue;
       word = claim;
       body(begin + static_cast<int64_t>(taken));

@@ -1,7 +1,8 @@
-// Compiles AUFAST_KERNELS once per instruction-set level, each in a namespace of its own (see isa.h for the use).
+// Compiles AUFAST_KERNELS once per instruction-set level, each in a namespace of its own (see isa.h for the
+// use).
 //
-// Inside, AUFAST_VECTOR_BYTES is the register width, AUFAST_AVX512 and AUFAST_BF16 say what else the level has.
-// The namespaces are anonymous at the top, so that two .cpp files never share a function.
+// Inside, AUFAST_VECTOR_BYTES is the register width, AUFAST_AVX512 and AUFAST_BF16 say what else the level
+// has. The namespaces are anonymous at the top, so that two .cpp files never share a function.
 
 #define AUFAST_INLINE inline __attribute__((always_inline))
 
@@ -45,7 +46,8 @@ namespace isa_avx512 {
 #undef AUFAST_BF16
 #define AUFAST_BF16 1
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,bmi,bmi2,prefer-vector-width=512")
+#pragma GCC target( \
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,bmi,bmi2,prefer-vector-width=512")
 namespace isa_avx512_bf16 {
 #include "vec.h"
 #include AUFAST_KERNELS

@@ -1,17 +1,20 @@
-// Matrix products of the graph kernels, on padded row-major panels. No include guard: read once per level, after vec.h.
+// Matrix products of the graph kernels, on padded row-major panels. No include guard: read once per level,
+// after vec.h.
 //
-// Every element of C is summed over k in the same order whatever the tile it falls into, so neither the cut into tiles nor
-// the number of threads changes a bit of the result.
+// Every element of C is summed over k in the same order whatever the tile it falls into, so neither the cut
+// into tiles nor the number of threads changes a bit of the result.
 
 #if AUFAST_AVX512
-constexpr int kRows[] = {0, 8, 8, 8, 0, 0, 4};  // rows of a tile of 1, 2, 3, 6 vectors: 24 accumulators in 32 registers
+constexpr int kRows[] = {0, 8, 8, 8,
+                         0, 0, 4};  // rows of a tile of 1, 2, 3, 6 vectors: 24 accumulators in 32 registers
 #else
 constexpr int kRows[] = {0, 6, 6, 4, 0, 0, 0};  // 12 accumulators in 16 registers
 #endif
 constexpr int64_t kDepth = 256;  // k-block of a single-segment product: its panel of B stays in L1
 
-// C = start + Σ_s A_s B_s. A_s(r, k) lies at s*a_segment + r*a_row + k*a_step, so that a transposed A needs no copy; a row k of
-// B_s at s*b_segment + k*b_row. start may be C itself (accumulate) or a single row (start_row = 0).
+// C = start + Σ_s A_s B_s. A_s(r, k) lies at s*a_segment + r*a_row + k*a_step, so that a transposed A needs
+// no copy; a row k of B_s at s*b_segment + k*b_row. start may be C itself (accumulate) or a single row
+// (start_row = 0).
 template <class T>
 struct Product {
   int64_t rows, columns, depth;  // columns: a multiple of lanes<T>
@@ -73,14 +76,30 @@ void panel(const Product<T>& p, int64_t column) {
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t row = block * p.rows / blocks, height = (block + 1) * p.rows / blocks - row;
     switch (height) {
-      case 1: tile_of<T, 1, VECTORS>(p, row, column); break;
-      case 2: tile_of<T, 2, VECTORS>(p, row, column); break;
-      case 3: tile_of<T, 3, VECTORS>(p, row, column); break;
-      case 4: tile_of<T, 4, VECTORS>(p, row, column); break;
-      case 5: tile_of<T, 5, VECTORS>(p, row, column); break;
-      case 6: tile_of<T, 6, VECTORS>(p, row, column); break;
-      case 7: tile_of<T, 7, VECTORS>(p, row, column); break;
-      default: tile_of<T, 8, VECTORS>(p, row, column); break;
+      case 1:
+        tile_of<T, 1, VECTORS>(p, row, column);
+        break;
+      case 2:
+        tile_of<T, 2, VECTORS>(p, row, column);
+        break;
+      case 3:
+        tile_of<T, 3, VECTORS>(p, row, column);
+        break;
+      case 4:
+        tile_of<T, 4, VECTORS>(p, row, column);
+        break;
+      case 5:
+        tile_of<T, 5, VECTORS>(p, row, column);
+        break;
+      case 6:
+        tile_of<T, 6, VECTORS>(p, row, column);
+        break;
+      case 7:
+        tile_of<T, 7, VECTORS>(p, row, column);
+        break;
+      default:
+        tile_of<T, 8, VECTORS>(p, row, column);
+        break;
     }
   }
 }
@@ -90,7 +109,8 @@ void all_panels(const Product<T>& p) {
   int64_t column = 0, left = p.columns / lanes<T>;
   if (AUFAST_AVX512 && p.rows <= kRows[6])
     for (; left >= 6; left -= 6, column += 6 * lanes<T>) panel<T, 6>(p, column);
-  if (left > 4 && p.rows <= kRows[3] && p.repeats == 1) {  // one block of rows: go along the columns inside the tile
+  if (left > 4 && p.rows <= kRows[3] &&
+      p.repeats == 1) {  // one block of rows: go along the columns inside the tile
     Product<T> along = p;
     along.repeats = left % 3 == 1 ? left / 3 - 1 : left / 3;
     along.b_repeat = along.start_repeat = along.c_repeat = 3 * lanes<T>;
@@ -119,8 +139,8 @@ void multiply(Product<T> p) {
 }
 
 #if AUFAST_BF16
-// C = start + Σ_s A_s B_s with bfloat16 factors and float sums: `depth` counts pairs of k. Rows of A are bfloat16; row k of B_s
-// holds the pairs (2k, 2k+1) of every column side by side (bf16_pairs).
+// C = start + Σ_s A_s B_s with bfloat16 factors and float sums: `depth` counts pairs of k. Rows of A are
+// bfloat16; row k of B_s holds the pairs (2k, 2k+1) of every column side by side (bf16_pairs).
 struct PairProduct {
   int64_t rows, columns, depth, segments;
   const uint32_t* A;
@@ -134,8 +154,8 @@ struct PairProduct {
   bool tiles;  // the CPU has matrix tiles and this process may use them
 };
 
-// The same with AMX: a tile holds 16 rows of 16 floats or of 16 pairs, so a step of k takes 16 pairs. Tile 0 is A, 1 is B, and
-// 2 to 7 are C, so that B is loaded once for up to 16 rows.
+// The same with AMX: a tile holds 16 rows of 16 floats or of 16 pairs, so a step of k takes 16 pairs. Tile 0
+// is A, 1 is B, and 2 to 7 are C, so that B is loaded once for up to 16 rows.
 struct alignas(64) TileShapes {
   uint8_t palette, start_row, reserved[14];
   uint16_t row_bytes[16];
@@ -143,19 +163,36 @@ struct alignas(64) TileShapes {
 };
 
 template <int TILES>
-__attribute__((target("amx-tile,amx-bf16"))) void tile_panel(const PairProduct& p, int64_t row, int64_t column) {
+__attribute__((target("amx-tile,amx-bf16"))) void tile_panel(const PairProduct& p, int64_t row,
+                                                             int64_t column) {
   const float* start = p.start + row * p.start_row + column;
-  const int64_t start_bytes = p.start_row * 4, a_bytes = p.a_row * 4, b_bytes = p.columns * 4, c_bytes = p.c_row * 4;
-#define AUFAST_EACH_TILE(step) \
-  step(2, 0) if constexpr (TILES > 1) { step(3, 1) } if constexpr (TILES > 2) { step(4, 2) } \
-  if constexpr (TILES > 3) { step(5, 3) } if constexpr (TILES > 4) { step(6, 4) } if constexpr (TILES > 5) { step(7, 5) }
+  const int64_t start_bytes = p.start_row * 4, a_bytes = p.a_row * 4, b_bytes = p.columns * 4,
+                c_bytes = p.c_row * 4;
+#define AUFAST_EACH_TILE(step)          \
+  step(2, 0) if constexpr (TILES > 1) { \
+    step(3, 1)                          \
+  }                                     \
+  if constexpr (TILES > 2) {            \
+    step(4, 2)                          \
+  }                                     \
+  if constexpr (TILES > 3) {            \
+    step(5, 3)                          \
+  }                                     \
+  if constexpr (TILES > 4) {            \
+    step(6, 4)                          \
+  }                                     \
+  if constexpr (TILES > 5) {            \
+    step(7, 5)                          \
+  }
 #define AUFAST_LOAD(tile, n) _tile_loadd(tile, start + n * 16, start_bytes);
   AUFAST_EACH_TILE(AUFAST_LOAD)
   for (int64_t s = 0; s < p.segments; ++s) {
     const uint32_t *a = p.A + s * p.a_segment + row * p.a_row, *b = p.B + s * p.b_segment + column;
     for (int64_t k = 0; k < p.depth; k += 16, a += 16, b += 16 * p.columns) {
       _tile_loadd(0, a, a_bytes);
-#define AUFAST_MULTIPLY(tile, n) _tile_loadd(1, b + n * 16, b_bytes); _tile_dpbf16ps(tile, 0, 1);
+#define AUFAST_MULTIPLY(tile, n)       \
+  _tile_loadd(1, b + n * 16, b_bytes); \
+  _tile_dpbf16ps(tile, 0, 1);
       AUFAST_EACH_TILE(AUFAST_MULTIPLY)
     }
   }
@@ -176,7 +213,8 @@ __attribute__((target("amx-tile,amx-bf16"))) inline void multiply_tiles(const Pa
     if (rows != height) {
       TileShapes shapes{};
       shapes.palette = 1;
-      for (int tile = 0; tile < 8; ++tile) shapes.row_bytes[tile] = 64, shapes.rows[tile] = static_cast<uint8_t>(rows);
+      for (int tile = 0; tile < 8; ++tile)
+        shapes.row_bytes[tile] = 64, shapes.rows[tile] = static_cast<uint8_t>(rows);
       shapes.rows[1] = 16;
       _tile_loadconfig(&shapes);
       height = rows;
@@ -184,12 +222,23 @@ __attribute__((target("amx-tile,amx-bf16"))) inline void multiply_tiles(const Pa
     int64_t column = 0, left = p.columns / 16;
     for (; left >= 6; left -= 6, column += 96) tile_panel<6>(p, row, column);
     switch (left) {
-      case 5: tile_panel<5>(p, row, column); break;
-      case 4: tile_panel<4>(p, row, column); break;
-      case 3: tile_panel<3>(p, row, column); break;
-      case 2: tile_panel<2>(p, row, column); break;
-      case 1: tile_panel<1>(p, row, column); break;
-      default: break;
+      case 5:
+        tile_panel<5>(p, row, column);
+        break;
+      case 4:
+        tile_panel<4>(p, row, column);
+        break;
+      case 3:
+        tile_panel<3>(p, row, column);
+        break;
+      case 2:
+        tile_panel<2>(p, row, column);
+        break;
+      case 1:
+        tile_panel<1>(p, row, column);
+        break;
+      default:
+        break;
     }
   }
   _tile_release();
@@ -232,14 +281,30 @@ void pair_panel(const PairProduct& p, int64_t column) {
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t row = block * p.rows / blocks;
     switch ((block + 1) * p.rows / blocks - row) {
-      case 1: pair_tile<1, VECTORS>(p, row, column); break;
-      case 2: pair_tile<2, VECTORS>(p, row, column); break;
-      case 3: pair_tile<3, VECTORS>(p, row, column); break;
-      case 4: pair_tile<4, VECTORS>(p, row, column); break;
-      case 5: pair_tile<most < 5 ? 1 : 5, VECTORS>(p, row, column); break;
-      case 6: pair_tile<most < 5 ? 1 : 6, VECTORS>(p, row, column); break;
-      case 7: pair_tile<most < 5 ? 1 : 7, VECTORS>(p, row, column); break;
-      default: pair_tile<most < 5 ? 1 : 8, VECTORS>(p, row, column); break;
+      case 1:
+        pair_tile<1, VECTORS>(p, row, column);
+        break;
+      case 2:
+        pair_tile<2, VECTORS>(p, row, column);
+        break;
+      case 3:
+        pair_tile<3, VECTORS>(p, row, column);
+        break;
+      case 4:
+        pair_tile<4, VECTORS>(p, row, column);
+        break;
+      case 5:
+        pair_tile < most<5 ? 1 : 5, VECTORS>(p, row, column);
+        break;
+      case 6:
+        pair_tile < most<5 ? 1 : 6, VECTORS>(p, row, column);
+        break;
+      case 7:
+        pair_tile < most<5 ? 1 : 7, VECTORS>(p, row, column);
+        break;
+      default:
+        pair_tile < most<5 ? 1 : 8, VECTORS>(p, row, column);
+        break;
     }
   }
 }
@@ -256,7 +321,8 @@ inline void multiply_pairs(const PairProduct& p) {
 }
 #endif  // AUFAST_BF16
 
-// C(i, j) += Σ_f Σ_n A_f(i, n) B_f(j, n): rows of `length` elements (a multiple of lanes<T>) in each of `frames` frames.
+// C(i, j) += Σ_f Σ_n A_f(i, n) B_f(j, n): rows of `length` elements (a multiple of lanes<T>) in each of
+// `frames` frames.
 template <class T>
 struct RowProducts {
   int64_t rows, columns, frames, length;
@@ -298,7 +364,8 @@ void dot_rows(const RowProducts<T>& p, int64_t i, int64_t begin, int64_t end) {
   for (; j < p.columns; ++j) dot_tile<T, ROWS, 1>(p, i, j, begin, end);
 }
 
-constexpr int64_t kDotBlock = 2048;  // elements of a row that stay in cache while all pairs of rows are visited
+constexpr int64_t kDotBlock =
+    2048;  // elements of a row that stay in cache while all pairs of rows are visited
 
 template <class T>
 void dot_products(RowProducts<T> p) {

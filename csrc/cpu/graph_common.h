@@ -1,5 +1,5 @@
-// What graph_conv.cpp and graph_gru.cpp share on the side of tensors: the door through which tensors become padded arrays, the
-// workspace, and the structures that the kernels (graph_kernels.h) read.
+// What graph_conv.cpp and graph_gru.cpp share on the side of tensors: the door through which tensors become
+// padded arrays, the workspace, and the structures that the kernels (graph_kernels.h) read.
 #pragma once
 
 #include <sched.h>
@@ -31,7 +31,8 @@ constexpr int64_t padded(int64_t n) {
   return (n + granule - 1) / granule * granule;
 }
 
-// Whether products take bfloat16 factors: on CPUs with bfloat16 dot products, where rows of Θ come in whole pairs.
+// Whether products take bfloat16 factors: on CPUs with bfloat16 dot products, where rows of Θ come in whole
+// pairs.
 inline bool in_pairs(ScalarType dtype, std::initializer_list<int64_t> rows) {
   const bool even = std::all_of(rows.begin(), rows.end(), [](int64_t n) { return n % 2 == 0; });
   return even && dtype == ScalarType::BFloat16 && aufast::isa() >= aufast::Isa::avx512_bf16;
@@ -56,7 +57,8 @@ struct Arena {
   }
 };
 
-// The graph of U: similarity R = ReLU(U Uᵀ), adjacency N(R) or softmax(R), and the supports S_0 … S_{K-1}, rows padded.
+// The graph of U: similarity R = ReLU(U Uᵀ), adjacency N(R) or softmax(R), and the supports S_0 … S_{K-1},
+// rows padded.
 template <class T>
 struct Graph {
   int64_t nodes, embeddings, order;
@@ -92,7 +94,8 @@ constexpr int64_t kMostNodes = 8;    // nodes that are mixed together: one regis
 constexpr int64_t kPoolRows = 32;    // pool rows in one work item: a few hundred kilobytes of weights
 constexpr int64_t kTransposed = 16;  // columns transposed together: a row's cache line
 
-// A pool of weights (ce, rows, columns) whose node matrices Θ_i = Σ_e Q_ie W_e lie at `theta` inside each node's block.
+// A pool of weights (ce, rows, columns) whose node matrices Θ_i = Σ_e Q_ie W_e lie at `theta` inside each
+// node's block.
 template <class T>
 struct Pool {
   const T* weights;
@@ -101,21 +104,22 @@ struct Pool {
   int64_t theta;
 };
 
-// All node matrices of an operator. Without Q one matrix serves all nodes: one embedding, whose coordinate is 1 everywhere.
+// All node matrices of an operator. Without Q one matrix serves all nodes: one embedding, whose coordinate is
+// 1 everywhere.
 template <class T>
 struct Thetas {
-  int64_t nodes, distinct;  // distinct: node matrices that differ, m or 1
+  int64_t nodes, distinct;      // distinct: node matrices that differ, m or 1
   int64_t embeddings, columns;  // columns padded, the same for all pools
   const T* Q;
   int pools;
   Pool<T> pool[6];
-  int64_t block;  // elements of a node's block
-  T* theta;       // (distinct, block)
+  int64_t block;    // elements of a node's block
+  T* theta;         // (distinct, block)
   uint32_t* pairs;  // the same as bfloat16 pairs of rows, in place of theta; null where float is used
   bool tiles;       // with pairs: multiply by matrix tiles
-  T* grad_theta;  // (m, block), backward only
-  T* partial_Q;   // (pool blocks, m, ce), backward only
-  T* grad_Q;      // (m, ce), null where it is not wanted
+  T* grad_theta;    // (m, block), backward only
+  T* partial_Q;     // (pool blocks, m, ce), backward only
+  T* grad_Q;        // (m, ce), null where it is not wanted
 
   int64_t stride() const { return distinct == 1 ? 0 : block; }
   int64_t blocks() const {
@@ -125,8 +129,9 @@ struct Thetas {
   }
 };
 
-// A pool's matrices transposed: from weights (ce, segments, rows, columns) to Θᵀ_i (segments, live columns, rows). Rows come in
-// two runs, each padded: `first` of them (the state), then `second` (the input). `live` columns are no padding.
+// A pool's matrices transposed: from weights (ce, segments, rows, columns) to Θᵀ_i (segments, live columns,
+// rows). Rows come in two runs, each padded: `first` of them (the state), then `second` (the input). `live`
+// columns are no padding.
 template <class T>
 struct TransposedPool {
   const T* weights;

@@ -1,18 +1,19 @@
 // AU-specific graph convolution on the CPU: out_i = Σ_s (S_s x)_i Θ_{s,i} + Q_i·bias, and its gradients.
 //
-// Supports and node matrices are made once. Then a work item is a group of nodes and a block of frames: it mixes the group's
-// nodes for the block (one register tile of rows per frame), and multiplies each node's mixed rows by the node's matrix while
-// both lie in cache. Few frames are split by nodes, so that each thread touches only its own nodes' matrices; many are split by
-// frames. The backward makes each node's weight gradient by its owner alone, over frames in order, so nothing is atomic and
-// the result does not depend on the number of threads. docs/operators/graph_conv.md derives it.
+// Supports and node matrices are made once. Then a work item is a group of nodes and a block of frames: it
+// mixes the group's nodes for the block (one register tile of rows per frame), and multiplies each node's
+// mixed rows by the node's matrix while both lie in cache. Few frames are split by nodes, so that each thread
+// touches only its own nodes' matrices; many are split by frames. The backward makes each node's weight
+// gradient by its owner alone, over frames in order, so nothing is atomic and the result does not depend on
+// the number of threads. docs/operators/graph_conv.md derives it.
 
 #include "graph_common.h"
 #include "graph_door.h"
 
 namespace {
 
-constexpr int64_t kFewFrames = 96;       // up to here one block: split by nodes
-constexpr int64_t kForwardFrames = 48;   // frames of a forward item
+constexpr int64_t kFewFrames = 96;        // up to here one block: split by nodes
+constexpr int64_t kForwardFrames = 48;    // frames of a forward item
 constexpr int64_t kBackwardFrames = 192;  // frames between two rendezvous of the backward
 
 template <class T>
@@ -32,7 +33,9 @@ struct ConvCall {
   int members;
 
   int64_t frame_blocks() const { return (frames + frame_block - 1) / frame_block; }
-  int64_t frames_from(int64_t begin) const { return frames - begin < frame_block ? frames - begin : frame_block; }
+  int64_t frames_from(int64_t begin) const {
+    return frames - begin < frame_block ? frames - begin : frame_block;
+  }
 };
 
 }  // namespace
@@ -47,8 +50,8 @@ enum ConvGradient { kGradX, kGradU, kGradQ, kGradW, kGradBias };
 
 // What forward and backward have in common: sizes, the graph and the pools.
 template <class T>
-ConvCall<T> describe(Door<T>& door, const Tensor& x, const Tensor& U, const OptionalTensor& Q, const Tensor& W,
-                     const OptionalTensor& bias, bool softmax) {
+ConvCall<T> describe(Door<T>& door, const Tensor& x, const Tensor& U, const OptionalTensor& Q,
+                     const Tensor& W, const OptionalTensor& bias, bool softmax) {
   ConvCall<T> c{};
   const int64_t m = U.size(0), cin = x.size(x.dim() - 1), cout = W.size(W.dim() - 1);
   const int64_t order = softmax ? W.size(W.dim() - 3) : 1;
@@ -95,8 +98,8 @@ void prepare(ConvCall<T>& c, bool backward) {
 }
 
 template <class T>
-Tensor forward_as(const Tensor& x, const Tensor& U, const OptionalTensor& Q, const Tensor& W, const OptionalTensor& bias,
-                  bool softmax) {
+Tensor forward_as(const Tensor& x, const Tensor& U, const OptionalTensor& Q, const Tensor& W,
+                  const OptionalTensor& bias, bool softmax) {
   Door<T> door({AUFAST_PICK(widen), AUFAST_PICK(narrow)});
   ConvCall<T> c = describe<T>(door, x, U, Q, W, bias, softmax);
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
@@ -138,7 +141,8 @@ std::vector<Tensor> backward_as(const Tensor& grad, const Tensor& x, const Tenso
   }
   c.grad = door.in(grad, c.live_outputs);
   c.grad_x = room[kGradX];
-  c.thetas.pool[0].grad = room[kGradW], c.thetas.pool[1].grad = room[kGradBias], c.thetas.grad_Q = room[kGradQ];
+  c.thetas.pool[0].grad = room[kGradW], c.thetas.pool[1].grad = room[kGradBias],
+  c.thetas.grad_Q = room[kGradQ];
   c.want_theta = room[kGradW] != nullptr || room[kGradBias] != nullptr || room[kGradQ] != nullptr;
   c.graph.grad_U = room[kGradU];
   c.want_graph = room[kGradU] != nullptr;
@@ -162,16 +166,15 @@ std::vector<Tensor> backward_as(const Tensor& grad, const Tensor& x, const Tenso
   return results;
 }
 
-Tensor graph_conv(const Tensor& x, const Tensor& U, const OptionalTensor& Q, const Tensor& W, const OptionalTensor& bias,
-                  int64_t normalization) {
+Tensor graph_conv(const Tensor& x, const Tensor& U, const OptionalTensor& Q, const Tensor& W,
+                  const OptionalTensor& bias, int64_t normalization) {
   if (x.scalar_type() == ScalarType::Double) return forward_as<double>(x, U, Q, W, bias, normalization == 1);
   return forward_as<float>(x, U, Q, W, bias, normalization == 1);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> graph_conv_backward(const Tensor& grad, const Tensor& x,
-                                                                       const Tensor& U, const OptionalTensor& Q,
-                                                                       const Tensor& W, const OptionalTensor& bias,
-                                                                       int64_t normalization, int64_t needs) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> graph_conv_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& U, const OptionalTensor& Q, const Tensor& W,
+    const OptionalTensor& bias, int64_t normalization, int64_t needs) {
   const bool softmax = normalization == 1;
   const std::vector<Tensor> r = x.scalar_type() == ScalarType::Double
                                     ? backward_as<double>(grad, x, U, Q, W, bias, softmax, needs)

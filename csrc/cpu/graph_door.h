@@ -1,5 +1,6 @@
-// The door of the graph operators: tensors of any layout and floating dtype become padded arrays of the type that the kernels
-// compute in (float for low precision), and results go back. A tensor that already is such an array is used where it lies.
+// The door of the graph operators: tensors of any layout and floating dtype become padded arrays of the type
+// that the kernels compute in (float for low precision), and results go back. A tensor that already is such
+// an array is used where it lies.
 #pragma once
 
 #include "graph_common.h"
@@ -9,7 +10,8 @@ namespace {
 constexpr int64_t kDoorGrain = 16384;  // elements that are worth a thread
 
 template <class From, class To>
-void convert_rows(const void* from, int64_t from_row, void* to, int64_t to_row, int64_t rows, int64_t columns) {
+void convert_rows(const void* from, int64_t from_row, void* to, int64_t to_row, int64_t rows,
+                  int64_t columns) {
   torch::stable::parallel_for(0, rows, kDoorGrain / (columns + 1) + 1, [=](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const From* source = static_cast<const From*>(from) + row * from_row;
@@ -42,7 +44,8 @@ class Door {
   const T* in(const Tensor& tensor, int64_t columns) {
     kept_.push_back(torch::stable::contiguous(tensor));
     const Tensor& dense = kept_.back();
-    if (native(dense.scalar_type()) && columns == padded<T>(columns)) return static_cast<const T*>(dense.data_ptr());
+    if (native(dense.scalar_type()) && columns == padded<T>(columns))
+      return static_cast<const T*>(dense.data_ptr());
     const int64_t rows = columns == 0 ? 0 : dense.numel() / columns;
     T* copy = array(rows * padded<T>(columns));
     const void* from = dense.data_ptr();
@@ -51,10 +54,17 @@ class Door {
       return copy;
     }
     switch (dense.scalar_type()) {
-      case ScalarType::BFloat16: convert_rows<c10::BFloat16, T>(from, columns, copy, padded<T>(columns), rows, columns); break;
-      case ScalarType::Half: convert_rows<c10::Half, T>(from, columns, copy, padded<T>(columns), rows, columns); break;
-      case ScalarType::Float: convert_rows<float, T>(from, columns, copy, padded<T>(columns), rows, columns); break;
-      default: convert_rows<double, T>(from, columns, copy, padded<T>(columns), rows, columns);
+      case ScalarType::BFloat16:
+        convert_rows<c10::BFloat16, T>(from, columns, copy, padded<T>(columns), rows, columns);
+        break;
+      case ScalarType::Half:
+        convert_rows<c10::Half, T>(from, columns, copy, padded<T>(columns), rows, columns);
+        break;
+      case ScalarType::Float:
+        convert_rows<float, T>(from, columns, copy, padded<T>(columns), rows, columns);
+        break;
+      default:
+        convert_rows<double, T>(from, columns, copy, padded<T>(columns), rows, columns);
     }
     return copy;
   }
@@ -72,10 +82,11 @@ class Door {
     return static_cast<const int64_t*>(kept_.back().data_ptr());
   }
 
-  // Room for a result that `finish` brings back into `tensor`, which must be contiguous; its last dimension may be several times
-  // `columns`.
+  // Room for a result that `finish` brings back into `tensor`, which must be contiguous; its last dimension
+  // may be several times `columns`.
   T* out(const Tensor& tensor, int64_t columns) {
-    if (native(tensor.scalar_type()) && columns == padded<T>(columns)) return static_cast<T*>(tensor.data_ptr());
+    if (native(tensor.scalar_type()) && columns == padded<T>(columns))
+      return static_cast<T*>(tensor.data_ptr());
     const int64_t rows = columns == 0 ? 0 : tensor.numel() / columns;
     T* room = array(rows * padded<T>(columns));
     results_.push_back({tensor, room, rows, columns});
@@ -93,10 +104,17 @@ class Door {
         continue;
       }
       switch (r.tensor.scalar_type()) {
-        case ScalarType::BFloat16: convert_rows<T, c10::BFloat16>(r.room, padded<T>(r.columns), to, r.columns, r.rows, r.columns); break;
-        case ScalarType::Half: convert_rows<T, c10::Half>(r.room, padded<T>(r.columns), to, r.columns, r.rows, r.columns); break;
-        case ScalarType::Float: convert_rows<T, float>(r.room, padded<T>(r.columns), to, r.columns, r.rows, r.columns); break;
-        default: convert_rows<T, double>(r.room, padded<T>(r.columns), to, r.columns, r.rows, r.columns);
+        case ScalarType::BFloat16:
+          convert_rows<T, c10::BFloat16>(r.room, padded<T>(r.columns), to, r.columns, r.rows, r.columns);
+          break;
+        case ScalarType::Half:
+          convert_rows<T, c10::Half>(r.room, padded<T>(r.columns), to, r.columns, r.rows, r.columns);
+          break;
+        case ScalarType::Float:
+          convert_rows<T, float>(r.room, padded<T>(r.columns), to, r.columns, r.rows, r.columns);
+          break;
+        default:
+          convert_rows<T, double>(r.room, padded<T>(r.columns), to, r.columns, r.rows, r.columns);
       }
     }
   }
@@ -131,7 +149,8 @@ class Door {
   std::vector<Result> results_;
 };
 
-// Runs `member(me)` for every member of a crew on torch's threads. The pool may give fewer threads than members.
+// Runs `member(me)` for every member of a crew on torch's threads. The pool may give fewer threads than
+// members.
 template <class Member>
 void run_crew(int members, const Member& member) {
   torch::stable::parallel_for(0, members, 1, [&](int64_t begin, int64_t end) {

@@ -1,24 +1,26 @@
 // Graph-GRU over whole clips on the CPU, forward and backward: one call runs all steps.
 //
-// Supports and node matrices are made once. The input half of all gates is a product over all steps of a chunk, so that only the
-// state half is left for the recurrence: two phases a step, the reset state being exchanged between them. The work is cut in
-// one of two ways:
+// Supports and node matrices are made once. The input half of all gates is a product over all steps of a
+// chunk, so that only the state half is left for the recurrence: two phases a step, the reset state being
+// exchanged between them. The work is cut in one of two ways:
 // - by sequences, where there are enough of them: each thread runs its own, and never meets another;
-// - by nodes, for few sequences or matrices beyond one core's cache: each thread keeps its nodes' matrices, and a crew
+// - by nodes, for few sequences or matrices beyond one core's cache: each thread keeps its nodes' matrices,
+// and a crew
 //   (crew.h) goes through the phases together.
-// The backward runs a chunk of steps in reverse the same way, keeping only the gates' gradients; then each node's weight
-// gradients are one product over the chunk's rows, made by one thread in a fixed order. Nothing is atomic, and the result does not
-// depend on the number of threads. docs/operators/graph_gru.md derives the backward.
+// The backward runs a chunk of steps in reverse the same way, keeping only the gates' gradients; then each
+// node's weight gradients are one product over the chunk's rows, made by one thread in a fixed order. Nothing
+// is atomic, and the result does not depend on the number of threads. docs/operators/graph_gru.md derives the
+// backward.
 
 #include "graph_common.h"
 #include "graph_door.h"
 
 namespace {
 
-constexpr int64_t kForwardRows = 96;     // rows of an input-half product: sequences times steps of a chunk
-constexpr int64_t kBackwardRows = 192;   // rows of a weight-gradient product
-constexpr int64_t kMostSequences = 16;   // that a thread runs together
-constexpr int64_t kFewSequences = 4;     // per thread, below which threads share the nodes instead
+constexpr int64_t kForwardRows = 96;      // rows of an input-half product: sequences times steps of a chunk
+constexpr int64_t kBackwardRows = 192;    // rows of a weight-gradient product
+constexpr int64_t kMostSequences = 16;    // that a thread runs together
+constexpr int64_t kFewSequences = 4;      // per thread, below which threads share the nodes instead
 constexpr int64_t kCacheBytes = 3 << 19;  // of a core, for the state's half of the node matrices
 
 template <class T>
@@ -37,9 +39,9 @@ struct GruCall {
   const T *grad_out, *grad_h_last;
   T *grad_x, *grad_h;
   bool want_theta, want_graph;
-  T *alpha;                       // (m, rows, 3 channels)
+  T* alpha;                        // (m, rows, 3 channels)
   T *gamma_h, *gamma_r, *gamma_x;  // (K, rows, m, channels or inputs)
-  T *reset;                       // (rows, m, channels)
+  T* reset;                        // (rows, m, channels)
   T *zeros, *one, *buffers, *scratch;
   int64_t buffer_size, scratch_size;  // of one member
   CrewSeat* seats;
@@ -97,7 +99,8 @@ GruCall<T> describe(Door<T>& door, const GruTensors& a) {
   const int64_t state_half = m * order * n * 3 * c.channels * static_cast<int64_t>(sizeof(T));
   c.by_sequences = c.members == 1 || (c.batch >= kFewSequences * c.members && state_half <= kCacheBytes);
   const int64_t rounds = (c.batch + c.members * kMostSequences - 1) / (c.members * kMostSequences);
-  c.tile = c.by_sequences ? (c.batch + c.members * rounds - 1) / std::max<int64_t>(c.members * rounds, 1) : c.batch;
+  c.tile = c.by_sequences ? (c.batch + c.members * rounds - 1) / std::max<int64_t>(c.members * rounds, 1)
+                          : c.batch;
   return c;
 }
 
@@ -109,8 +112,8 @@ template <class T>
 void plan_common(GruCall<T>& c, Arena& arena, bool backward) {
   c.seats = arena.take<CrewSeat>(c.members);
   c.finished = arena.take<int64_t>(1);
-  c.zeros = arena.take<T>(std::max({kPoolRows * c.channels, kTransposed * (c.channels + c.inputs), c.graph.row,
-                                    c.frame(), c.inputs}));
+  c.zeros = arena.take<T>(std::max(
+      {kPoolRows * c.channels, kTransposed * (c.channels + c.inputs), c.graph.row, c.frame(), c.inputs}));
   c.one = arena.take<T>(1);
   c.graph.plan(arena, backward);
   c.scratch = arena.take<T>(c.members * c.scratch_size);
@@ -135,13 +138,15 @@ std::tuple<Tensor, Tensor, Tensor> forward_as(const GruTensors& a, bool save) {
   const int64_t m = c.graph.nodes, n = c.live_channels;
   Tensor out = torch::stable::empty({c.batch, c.steps, m, n}, dtype);
   Tensor h_last = torch::stable::empty({c.batch, m, n}, state_dtype);
-  Tensor saved = save ? torch::stable::empty({c.batch, c.steps, m, 3 * n}, dtype) : torch::stable::empty({0}, dtype);
+  Tensor saved =
+      save ? torch::stable::empty({c.batch, c.steps, m, 3 * n}, dtype) : torch::stable::empty({0}, dtype);
   if (h_last.numel() == 0) return {out, h_last, saved};
   c.out = door.out(out, n), c.h_last = door.out(h_last, n);
   if (save) c.saved = door.out(saved, n);
   c.chunk = chunk_for(kForwardRows, c.tile, c.steps);
   const int64_t group = std::min(kMostNodes, m);
-  c.scratch_size = group * std::max(c.graph.order * c.tile * std::max(c.chunk * c.inputs, c.channels), kPoolRows * c.channels);
+  c.scratch_size = group * std::max(c.graph.order * c.tile * std::max(c.chunk * c.inputs, c.channels),
+                                    kPoolRows * c.channels);
   const bool pairs = in_pairs(dtype, {c.live_inputs, n});
   c.buffer_size = m * c.gate_node(c.tile) + c.tile * c.frame();
   door.workspace([&](Arena& arena) {
@@ -207,22 +212,24 @@ std::vector<Tensor> backward_as(const Tensor& grad_out, const Tensor& grad_h_las
   return results;
 }
 
-std::tuple<Tensor, Tensor, Tensor> graph_gru(const Tensor& x, const Tensor& U, const Tensor& Q, const Tensor& W_z,
-                                             const Tensor& W_r, const Tensor& W_h, const OptionalTensor& h0,
-                                             const OptionalTensor& b_z, const OptionalTensor& b_r,
-                                             const OptionalTensor& b_h, const OptionalTensor& lengths,
-                                             int64_t normalization, bool save) {
+std::tuple<Tensor, Tensor, Tensor> graph_gru(const Tensor& x, const Tensor& U, const Tensor& Q,
+                                             const Tensor& W_z, const Tensor& W_r, const Tensor& W_h,
+                                             const OptionalTensor& h0, const OptionalTensor& b_z,
+                                             const OptionalTensor& b_r, const OptionalTensor& b_h,
+                                             const OptionalTensor& lengths, int64_t normalization,
+                                             bool save) {
   const GruTensors a = {{x, U, Q, W_z, W_r, W_h, h0, b_z, b_r, b_h}, lengths, normalization == 1};
   return x.scalar_type() == ScalarType::Double ? forward_as<double>(a, save) : forward_as<float>(a, save);
 }
 
 using TenTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-TenTensors graph_gru_backward(const Tensor& grad_out, const Tensor& grad_h_last, const Tensor& x, const Tensor& U,
-                              const Tensor& Q, const Tensor& W_z, const Tensor& W_r, const Tensor& W_h,
-                              const OptionalTensor& h0, const OptionalTensor& b_z, const OptionalTensor& b_r,
-                              const OptionalTensor& b_h, const OptionalTensor& lengths, const Tensor& out,
-                              const Tensor& saved, int64_t normalization, int64_t needs) {
+TenTensors graph_gru_backward(const Tensor& grad_out, const Tensor& grad_h_last, const Tensor& x,
+                              const Tensor& U, const Tensor& Q, const Tensor& W_z, const Tensor& W_r,
+                              const Tensor& W_h, const OptionalTensor& h0, const OptionalTensor& b_z,
+                              const OptionalTensor& b_r, const OptionalTensor& b_h,
+                              const OptionalTensor& lengths, const Tensor& out, const Tensor& saved,
+                              int64_t normalization, int64_t needs) {
   const GruTensors a = {{x, U, Q, W_z, W_r, W_h, h0, b_z, b_r, b_h}, lengths, normalization == 1};
   const std::vector<Tensor> r = x.scalar_type() == ScalarType::Double
                                     ? backward_as<double>(grad_out, grad_h_last, a, out, saved, needs)

@@ -1,4 +1,5 @@
-// Supports, node matrices and their gradients. No include guard: read once per level, after vec.h, gemm.h and crew.h.
+// Supports, node matrices and their gradients. No include guard: read once per level, after vec.h, gemm.h and
+// crew.h.
 
 template <class T>
 AUFAST_INLINE void copy_row(T* to, const T* from, int64_t n) {
@@ -26,33 +27,38 @@ struct Groups {
   }
 };
 
-// to_g[r] = Σ_j S(g, j) from[j] for the nodes of a group and one frame `from` (m, channels). Transposed takes S(j, g).
+// to_g[r] = Σ_j S(g, j) from[j] for the nodes of a group and one frame `from` (m, channels). Transposed takes
+// S(j, g).
 template <class T>
 AUFAST_INLINE void mix(const T* S, int64_t s_row, bool transposed, Group group, int64_t nodes, const T* from,
                        int64_t channels, const T* start, int64_t start_row, T* to, int64_t to_row) {
-  multiply<T>({group.size, channels, nodes, 1, S + group.begin * (transposed ? 1 : s_row), 0, transposed ? 1 : s_row,
-               transposed ? s_row : 1, from, channels, 0, start, start_row, to, to_row});
+  multiply<T>({group.size, channels, nodes, 1, S + group.begin * (transposed ? 1 : s_row), 0,
+               transposed ? 1 : s_row, transposed ? s_row : 1, from, channels, 0, start, start_row, to,
+               to_row});
 }
 
-// to[g] = Σ_j S_s(g, j) from[j] for a group and `frames` frames (m, channels). With softmax S_0 is the identity: a copy.
+// to[g] = Σ_j S_s(g, j) from[j] for a group and `frames` frames (m, channels). With softmax S_0 is the
+// identity: a copy.
 template <class T>
 AUFAST_INLINE void mix_support(const Graph<T>& g, int64_t s, Group group, const T* from, int64_t frames,
                                int64_t from_frame, int64_t channels, T* to, int64_t to_row, int64_t to_frame,
                                const T* zeros) {
   if (!g.softmax || s > 0)
-    return multiply<T>({group.size, channels, g.nodes, 1, g.supports + s * g.matrix() + group.begin * g.row, 0, g.row, 1,
-                        from, channels, 0, zeros, 0, to, to_row, frames, from_frame, 0, to_frame});
+    return multiply<T>({group.size, channels, g.nodes, 1, g.supports + s * g.matrix() + group.begin * g.row,
+                        0, g.row, 1, from, channels, 0, zeros, 0, to, to_row, frames, from_frame, 0,
+                        to_frame});
   for (int64_t f = 0; f < frames; ++f)
     for (int64_t i = 0; i < group.size; ++i)
-      copy_row(to + f * to_frame + i * to_row, from + f * from_frame + (group.begin + i) * channels, channels);
+      copy_row(to + f * to_frame + i * to_row, from + f * from_frame + (group.begin + i) * channels,
+               channels);
 }
 
-// The transposed mix of a group over all supports and frames: to[g] = start[g] + Σ_s Σ_i S_s(i, g) from_s[i]. `start` is `to`
-// itself or null for zero.
+// The transposed mix of a group over all supports and frames: to[g] = start[g] + Σ_s Σ_i S_s(i, g) from_s[i].
+// `start` is `to` itself or null for zero.
 template <class T>
-AUFAST_INLINE void mix_back(const Graph<T>& g, Group group, const T* from, int64_t from_segment, int64_t frames,
-                            int64_t from_frame, int64_t channels, bool accumulate, T* to, int64_t to_frame,
-                            const T* zeros) {
+AUFAST_INLINE void mix_back(const Graph<T>& g, Group group, const T* from, int64_t from_segment,
+                            int64_t frames, int64_t from_frame, int64_t channels, bool accumulate, T* to,
+                            int64_t to_frame, const T* zeros) {
   const int64_t dense = g.softmax ? 1 : 0;  // the identity S_0 adds its rows as they are
   for (int64_t f = 0; f < frames && g.softmax; ++f)
     for (int64_t i = 0; i < group.size * channels; i += lanes<T>) {
@@ -60,9 +66,9 @@ AUFAST_INLINE void mix_back(const Graph<T>& g, Group group, const T* from, int64
       store<T>(to + f * to_frame + i, accumulate ? load<T>(to + f * to_frame + i) + same : same);
     }
   const bool add = accumulate || g.softmax;
-  multiply<T>({group.size, channels, g.nodes, g.order - dense, g.supports + dense * g.matrix() + group.begin, g.matrix(),
-               1, g.row, from + dense * from_segment, channels, from_segment, add ? to : zeros, add ? channels : 0, to,
-               channels, frames, from_frame, add ? to_frame : 0, to_frame});
+  multiply<T>({group.size, channels, g.nodes, g.order - dense, g.supports + dense * g.matrix() + group.begin,
+               g.matrix(), 1, g.row, from + dense * from_segment, channels, from_segment, add ? to : zeros,
+               add ? channels : 0, to, channels, frames, from_frame, add ? to_frame : 0, to_frame});
 }
 
 // S_0 … S_{K-1} from U. Every phase's items are groups of rows.
@@ -74,8 +80,8 @@ void make_supports(const Graph<T>& g, Team& team, const Groups& groups, const T*
   });
   team.phase(groups.count, [&](int64_t item) {
     const Group group = groups[item];
-    multiply<T>({group.size, row, g.embeddings, 1, g.U + group.begin * g.embeddings, 0, g.embeddings, 1, g.transposed_U,
-                 row, 0, zeros, 0, g.similarity + group.begin * row, row});
+    multiply<T>({group.size, row, g.embeddings, 1, g.U + group.begin * g.embeddings, 0, g.embeddings, 1,
+                 g.transposed_U, row, 0, zeros, 0, g.similarity + group.begin * row, row});
     for (int64_t i = group.begin; i < group.begin + group.size; ++i) {
       T* R = g.similarity + i * row;
       T total = 0, largest = 0;
@@ -86,7 +92,8 @@ void make_supports(const Graph<T>& g, Team& team, const Groups& groups, const T*
       }
       if (g.softmax) {
         T* A = g.adjacency + i * row;
-        for (int64_t j = 0; j < row; j += lanes<T>) store<T>(A + j, vexp<T>(load<T>(R + j) - set1<T>(largest)));
+        for (int64_t j = 0; j < row; j += lanes<T>)
+          store<T>(A + j, vexp<T>(load<T>(R + j) - set1<T>(largest)));
         total = 0;
         for (int64_t j = 0; j < m; ++j) total += A[j];
         for (int64_t j = 0; j < row; ++j) A[j] = j < m ? A[j] / total : T(0);
@@ -135,8 +142,8 @@ void supports_backward(const Graph<T>& g, Team& team, const Groups& groups, cons
       mix<T>(g.adjacency, row, true, group, m, grad, row, before, row, before, row);
       // The gradient of A gathers in grad_similarity: += grad S_{k-1}ᵀ, a product of rows.
       if (k == g.order - 1) zero_row(g.grad_similarity + group.begin * row, group.size * row);
-      dot_products<T>({group.size, m, 1, row, grad + group.begin * row, row, 0, g.supports + (k - 1) * matrix, row, 0,
-                       g.grad_similarity + group.begin * row, row});
+      dot_products<T>({group.size, m, 1, row, grad + group.begin * row, row, 0, g.supports + (k - 1) * matrix,
+                       row, 0, g.grad_similarity + group.begin * row, row});
     });
   }
   team.phase(groups.count, [&](int64_t item) {
@@ -192,13 +199,16 @@ PoolBlock pool_block(const Thetas<T>& t, int64_t item) {
 
 // One block's Θ_i for a group, to `to` with `node` elements between nodes.
 template <class T>
-AUFAST_INLINE void theta_block(const Thetas<T>& t, Group group, const PoolBlock& b, T* to, int64_t node, const T* zeros) {
+AUFAST_INLINE void theta_block(const Thetas<T>& t, Group group, const PoolBlock& b, T* to, int64_t node,
+                               const T* zeros) {
   const Pool<T>& pool = t.pool[b.pool];
-  multiply<T>({group.size, b.rows * t.columns, t.embeddings, 1, t.Q + group.begin * t.embeddings, 0, t.embeddings, 1,
-               pool.weights + b.begin * t.columns, pool.rows * t.columns, 0, zeros, 0, to, node});
+  multiply<T>({group.size, b.rows * t.columns, t.embeddings, 1, t.Q + group.begin * t.embeddings, 0,
+               t.embeddings, 1, pool.weights + b.begin * t.columns, pool.rows * t.columns, 0, zeros, 0, to,
+               node});
 }
 
-// Θ_i = Σ_e Q_ie W_e, node groups outermost so that a node's matrices are made by the thread that will use them.
+// Θ_i = Σ_e Q_ie W_e, node groups outermost so that a node's matrices are made by the thread that will use
+// them.
 template <class T, class Team>
 void make_thetas(const Thetas<T>& t, Team& team, int64_t members, T* scratch, const T* zeros) {
   const Groups groups(t.distinct, members, kMostNodes);
@@ -217,7 +227,8 @@ void make_thetas(const Thetas<T>& t, Team& team, int64_t members, T* scratch, co
           const T* rows = scratch + (i * b.rows + r) * columns;
           uint32_t* to = t.pairs + ((group.begin + i) * t.block + offset + r * columns) / 2;
           for (int64_t n = 0; n < columns; n += 16)
-            _mm512_storeu_si512(to + n, reinterpret_cast<__m512i>(bf16_pairs(load<T>(rows + n), load<T>(rows + columns + n))));
+            _mm512_storeu_si512(to + n, reinterpret_cast<__m512i>(
+                                            bf16_pairs(load<T>(rows + n), load<T>(rows + columns + n))));
         }
     }
 #else
@@ -226,8 +237,8 @@ void make_thetas(const Thetas<T>& t, Team& team, int64_t members, T* scratch, co
   });
 }
 
-// Rows times a node's matrices: C = start + Σ_s mixed_s Θ_s, over `depth` rows of Θ from row `begin` of each segment on. With
-// pairs the mixed rows are rounded to bfloat16 first, in place.
+// Rows times a node's matrices: C = start + Σ_s mixed_s Θ_s, over `depth` rows of Θ from row `begin` of each
+// segment on. With pairs the mixed rows are rounded to bfloat16 first, in place.
 template <class T>
 struct NodeProduct {
   int64_t node, pool, begin, depth, segment_rows;
@@ -245,12 +256,13 @@ AUFAST_INLINE void multiply_node(const Thetas<T>& t, int64_t segments, const Nod
 #if AUFAST_BF16
   if constexpr (sizeof(T) == 4)
     if (t.pairs != nullptr)
-      return multiply_pairs({p.rows, t.columns, p.depth / 2, segments, reinterpret_cast<const uint32_t*>(p.mixed),
-                             p.mixed_segment, p.mixed_row, t.pairs + offset / 2, p.segment_rows * t.columns / 2, p.start,
-                             p.start_row, p.C, p.c_row, t.tiles});
+      return multiply_pairs({p.rows, t.columns, p.depth / 2, segments,
+                             reinterpret_cast<const uint32_t*>(p.mixed), p.mixed_segment, p.mixed_row,
+                             t.pairs + offset / 2, p.segment_rows * t.columns / 2, p.start, p.start_row, p.C,
+                             p.c_row, t.tiles});
 #endif
-  multiply<T>({p.rows, t.columns, p.depth, segments, p.mixed, p.mixed_segment, p.mixed_row, 1, t.theta + offset, t.columns,
-               p.segment_rows * t.columns, p.start, p.start_row, p.C, p.c_row});
+  multiply<T>({p.rows, t.columns, p.depth, segments, p.mixed, p.mixed_segment, p.mixed_row, 1,
+               t.theta + offset, t.columns, p.segment_rows * t.columns, p.start, p.start_row, p.C, p.c_row});
 }
 
 // Rounds rows to bfloat16 in place: row r keeps its address and takes half its length.
@@ -277,14 +289,17 @@ void thetas_backward(const Thetas<T>& t, Team& team, const T* zeros) {
   team.phase(blocks, [&](int64_t item) {
     const PoolBlock b = pool_block(t, item);
     const Pool<T>& pool = t.pool[b.pool];
-    const int64_t length = b.rows * t.columns, pool_size = pool.rows * t.columns, offset = b.begin * t.columns;
+    const int64_t length = b.rows * t.columns, pool_size = pool.rows * t.columns,
+                  offset = b.begin * t.columns;
     const T* grad_theta = t.grad_theta + pool.theta + offset;
     if (pool.grad != nullptr)
-      multiply<T>({ce, length, m, 1, t.Q, 0, 1, ce, grad_theta, t.block, 0, zeros, 0, pool.grad + offset, pool_size});
+      multiply<T>(
+          {ce, length, m, 1, t.Q, 0, 1, ce, grad_theta, t.block, 0, zeros, 0, pool.grad + offset, pool_size});
     if (t.grad_Q == nullptr) return;
     T* partial = t.partial_Q + item * m * ce;
     for (int64_t i = 0; i < m * ce; ++i) partial[i] = 0;
-    dot_products<T>({m, ce, 1, length, grad_theta, t.block, 0, pool.weights + offset, pool_size, 0, partial, ce});
+    dot_products<T>(
+        {m, ce, 1, length, grad_theta, t.block, 0, pool.weights + offset, pool_size, 0, partial, ce});
   });
   if (t.grad_Q == nullptr) return;
   team.phase(m, [&](int64_t i) {
@@ -298,8 +313,8 @@ void thetas_backward(const Thetas<T>& t, Team& team, const T* zeros) {
 
 // The Θᵀ of a group, for one block of columns.
 template <class T>
-void transpose_block(const TransposedPool<T>& pool, const T* Q, int64_t embeddings, Group group, int64_t item, T* theta,
-                     T* scratch, const T* zeros) {
+void transpose_block(const TransposedPool<T>& pool, const T* Q, int64_t embeddings, Group group, int64_t item,
+                     T* theta, T* scratch, const T* zeros) {
   const int64_t column_blocks = pool.blocks() / pool.segments, segment = item / column_blocks;
   const int64_t begin = item % column_blocks * kTransposed, row = pool.row(), rows = pool.first + pool.second;
   const int64_t left = pool.live - begin, width = left < kTransposed ? left : kTransposed;
@@ -312,9 +327,10 @@ void transpose_block(const TransposedPool<T>& pool, const T* Q, int64_t embeddin
       for (int64_t n = 0; n < width; ++n) column[n * row] = from[n];
     }
   }
-  multiply<T>({group.size, width * row, embeddings, 1, Q + group.begin * embeddings, 0, embeddings, 1, scratch,
-               kTransposed * row, 0, zeros, 0,
-               theta + group.begin * pool.block + pool.theta + (segment * pool.live + begin) * row, pool.block});
+  multiply<T>({group.size, width * row, embeddings, 1, Q + group.begin * embeddings, 0, embeddings, 1,
+               scratch, kTransposed * row, 0, zeros, 0,
+               theta + group.begin * pool.block + pool.theta + (segment * pool.live + begin) * row,
+               pool.block});
 }
 
 // The door's conversions of bfloat16, n elements.

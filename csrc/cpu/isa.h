@@ -2,15 +2,17 @@
 //
 // A kernel is written once, in NAME.inc, in GCC vector extensions (see vec.h), and compiled once per level:
 //
-//   #include "isa.h"                          // outside of any namespace, after the standard and torch headers
-//   #define AUFAST_KERNELS "roi_crop.inc"     // std-free: a std template instantiated in there would be compiled for
-//   #include "foreach_isa.h"                  // one CPU only, and the linker could hand it to every other one
+//   #include "isa.h"                          // outside of any namespace, after the standard and torch
+//   headers #define AUFAST_KERNELS "roi_crop.inc"     // std-free: a std template instantiated in there would
+//   be compiled for #include "foreach_isa.h"                  // one CPU only, and the linker could hand it
+//   to every other one
 //
 //   AUFAST_PICK(crop_rows)(pointers, sizes);  // crop_rows of the level that this process runs
 //
-// AUFAST_CPU_ISA=baseline|avx2|avx512|avx512_bf16|amx forces a level (tests run them all); a level that is unknown or that this CPU
-// lacks is an error at every call. The call that hands work to torch::stable::parallel_for stays outside NAME.inc: its lambda
-// slices the range and calls the picked function. amx runs the functions of avx512_bf16, and lets them use matrix tiles.
+// AUFAST_CPU_ISA=baseline|avx2|avx512|avx512_bf16|amx forces a level (tests run them all); a level that is
+// unknown or that this CPU lacks is an error at every call. The call that hands work to
+// torch::stable::parallel_for stays outside NAME.inc: its lambda slices the range and calls the picked
+// function. amx runs the functions of avx512_bf16, and lets them use matrix tiles.
 #pragma once
 
 #include <torch/headeronly/util/Exception.h>
@@ -31,7 +33,8 @@ namespace aufast {
 
 enum class Isa : int { baseline, avx2, avx512, avx512_bf16, amx };
 
-// Whether this process may use the bfloat16 matrix tiles of AMX: the CPU has them, and Linux grants their register state.
+// Whether this process may use the bfloat16 matrix tiles of AMX: the CPU has them, and Linux grants their
+// register state.
 inline bool tiles_granted() {
 #if defined(__x86_64__) && defined(__linux__)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -80,11 +83,11 @@ inline Isa isa() {
 }  // namespace aufast
 
 #if defined(__x86_64__)
-#define AUFAST_PICK(function)                                                                                            \
-  (::aufast::isa() >= ::aufast::Isa::avx512_bf16                                                                         \
-       ? &isa_avx512_bf16::function                                                                                      \
-       : (::aufast::isa() == ::aufast::Isa::avx512                                                                       \
-              ? &isa_avx512::function                                                                                    \
+#define AUFAST_PICK(function)                      \
+  (::aufast::isa() >= ::aufast::Isa::avx512_bf16   \
+       ? &isa_avx512_bf16::function                \
+       : (::aufast::isa() == ::aufast::Isa::avx512 \
+              ? &isa_avx512::function              \
               : (::aufast::isa() == ::aufast::Isa::avx2 ? &isa_avx2::function : &isa_baseline::function)))
 #else
 #define AUFAST_PICK(function) (&isa_baseline::function)

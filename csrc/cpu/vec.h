@@ -1,11 +1,13 @@
-// Vectors of one register's width, for code that foreach_isa.h compiles per level. No include guard: read once per level.
+// Vectors of one register's width, for code that foreach_isa.h compiles per level. No include guard: read
+// once per level.
 //
-//   vec<float>, vec<double>             GCC vector types: + - * / < ?: work lane by lane, a*b+c becomes one FMA where there is one
-//   lanes<T>                            elements in a vec<T>
-//   load<T>(p), store(p, v)             unaligned; load_n / store_n take the first n lanes only (zeros beyond)
-//   set1<T>(s), sum(v), vmin, vmax      broadcast, fixed-order horizontal sum, lane-wise extremes (a NaN in the first argument stays)
-//   load_bf16(p), store_bf16(p, v)      vec<float> from and to lanes<float> bfloat16 values, round to nearest even
-//   vexp, vsigmoid, vtanh               error against the exact value: docs/operators/graph_gru.md, "Vector functions"
+//   vec<float>, vec<double>             GCC vector types: + - * / < ?: work lane by lane, a*b+c becomes one
+//   FMA where there is one lanes<T>                            elements in a vec<T> load<T>(p), store(p, v)
+//   unaligned; load_n / store_n take the first n lanes only (zeros beyond) set1<T>(s), sum(v), vmin, vmax
+//   broadcast, fixed-order horizontal sum, lane-wise extremes (a NaN in the first argument stays)
+//   load_bf16(p), store_bf16(p, v)      vec<float> from and to lanes<float> bfloat16 values, round to nearest
+//   even vexp, vsigmoid, vtanh               error against the exact value: docs/operators/graph_gru.md,
+//   "Vector functions"
 
 template <class T>
 struct VecOf;
@@ -69,7 +71,8 @@ AUFAST_INLINE V vmax(V a, V b) {
 }
 
 typedef uint16_t vec_half_bits __attribute__((vector_size(AUFAST_VECTOR_BYTES / 2)));
-typedef uint16_t vec_half_bits_unaligned __attribute__((vector_size(AUFAST_VECTOR_BYTES / 2), aligned(2), may_alias));
+typedef uint16_t vec_half_bits_unaligned
+    __attribute__((vector_size(AUFAST_VECTOR_BYTES / 2), aligned(2), may_alias));
 typedef uint32_t vec_word __attribute__((vector_size(AUFAST_VECTOR_BYTES)));
 
 AUFAST_INLINE vec<float> load_bf16(const uint16_t* p) {
@@ -95,8 +98,8 @@ AUFAST_INLINE vec_word bf16_pairs(vec<float> a, vec<float> b) {
   return (low_rounded >> 16) | (high_rounded & 0xffff0000u);
 }
 
-// exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2. Gives 2^n and exp(r) - 1, so that callers lose nothing near 0.
-// x must lie where 2^n is a normal number; a NaN goes through.
+// exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2. Gives 2^n and exp(r) - 1, so that callers lose
+// nothing near 0. x must lie where 2^n is a normal number; a NaN goes through.
 AUFAST_INLINE vec<float> exp_parts(vec<float> x, vec<float>& power) {
   const vec<float> shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are n
   const vec<float> n = shifted - 12582912.0f;
@@ -114,11 +117,14 @@ AUFAST_INLINE vec<double> exp_parts(vec<double> x, vec<double>& power) {
   const vec<double> n = shifted - 6755399441055744.0;
   vec<double> r = x - n * 6.93147180369123816490e-1;
   r = r - n * 1.90821492927058770002e-10;
-  power = reinterpret_cast<vec<double>>((reinterpret_cast<vec_bits<double>>(shifted) << 52) + 0x3ff0000000000000);
+  power =
+      reinterpret_cast<vec<double>>((reinterpret_cast<vec_bits<double>>(shifted) << 52) + 0x3ff0000000000000);
   vec<double> p = r * 1.6059043836821613e-10 + 2.0876756987868099e-9;
-  const double taylor[] = {2.5052108385441719e-8, 2.7557319223985891e-7, 2.7557319223985891e-6,
-                           2.4801587301587302e-5, 1.9841269841269841e-4, 1.3888888888888889e-3,
-                           8.3333333333333333e-3, 4.1666666666666667e-2, 1.6666666666666667e-1, 0.5};
+  const double taylor[] = {2.5052108385441719e-8, 2.7557319223985891e-7,
+                           2.7557319223985891e-6, 2.4801587301587302e-5,
+                           1.9841269841269841e-4, 1.3888888888888889e-3,
+                           8.3333333333333333e-3, 4.1666666666666667e-2,
+                           1.6666666666666667e-1, 0.5};
   for (int i = 0; i < 10; ++i) p = p * r + taylor[i];
   return p * (r * r) + r;
 }
@@ -131,13 +137,16 @@ constexpr T tanh_limit = sizeof(T) == 4 ? T(9.1) : T(20.0);  // beyond, tanh rou
 // 1 / x. AVX-512's division takes 16 cycles; its 14-bit estimate and one Newton step take 4.
 AUFAST_INLINE vec<float> reciprocal(vec<float> x) {
 #if AUFAST_AVX512
-  const vec<float> guess = reinterpret_cast<vec<float>>(_mm512_maskz_rcp14_ps(0xffff, reinterpret_cast<__m512>(x)));
+  const vec<float> guess =
+      reinterpret_cast<vec<float>>(_mm512_maskz_rcp14_ps(0xffff, reinterpret_cast<__m512>(x)));
   return guess + guess * (1.0f - x * guess);
 #else
   return 1.0f / x;
 #endif
 }
-AUFAST_INLINE vec<double> reciprocal(vec<double> x) { return 1.0 / x; }
+AUFAST_INLINE vec<double> reciprocal(vec<double> x) {
+  return 1.0 / x;
+}
 
 template <class T>
 AUFAST_INLINE vec<T> vexp(typename VecOf<T>::type x) {
@@ -150,7 +159,8 @@ template <class T>
 AUFAST_INLINE vec<T> vsigmoid(typename VecOf<T>::type x) {
   return reciprocal(vexp<T>(-x) + T(1));
 }
-// tanh|x| = e / (e + 2) with e = exp(2|x|) - 1, which keeps its relative precision down to 0; then the sign of x.
+// tanh|x| = e / (e + 2) with e = exp(2|x|) - 1, which keeps its relative precision down to 0; then the sign
+// of x.
 template <class T>
 AUFAST_INLINE vec<T> vtanh(typename VecOf<T>::type x) {
   const vec_bits<T> sign_bit = reinterpret_cast<vec_bits<T>>(set1<T>(T(-0.0)));
