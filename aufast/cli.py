@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (OSError, TypeError, ValueError, ImportError) as error:
         print(f"aufast: {error}", file=sys.stderr)
         return 1
 

@@ -330,4 +330,10 @@ class AAR(Pretrained):
             if not isinstance(h, Tensor) or h.shape != shape:
                 found = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
                 raise ValueError(f"{self.name}: state[{index}] must have shape {shape}, got {found}")
+            if not h.is_floating_point():
+                raise TypeError(f"{self.name}: state[{index}] must be floating point, got {h.dtype}")
+            if h.device != x.device:
+                raise ValueError(
+                    f"{self.name}: state[{index}] is on {h.device}, but the clips are on {x.device}"
+                )
         return tuple(state)

@@ -171,13 +171,16 @@ def test_equal_faces_keep_an_order(detector: FaceDetector, photograph: np.ndarra
     assert sizes[0] > sizes[1] or faces[0].box < faces[1].box
 
 
-@pytest.mark.parametrize("cut", range(180, 270, 10))
-def test_a_face_leaving_the_frame(detector: FaceDetector, photograph: np.ndarray, cut: int) -> None:
-    for image in (photograph[:, cut:], photograph[:, :cut], photograph[cut - 90 :]):
-        for face in detector.detect(image):
-            x1, y1, x2, y2 = face.box
-            assert x1 < image.shape[1] and y1 < image.shape[0] and x2 > 0 and y2 > 0
-            assert np.isfinite(face.landmarks).all()
+def test_a_face_leaving_the_frame(detector: FaceDetector, photograph: np.ndarray) -> None:
+    found = 0
+    for cut in range(180, 270, 10):
+        for image in (photograph[:, cut:], photograph[:, :cut], photograph[cut - 90 :]):
+            for face in detector.detect(image):
+                x1, y1, x2, y2 = face.box
+                assert x1 < image.shape[1] and y1 < image.shape[0] and x2 > 0 and y2 > 0
+                assert np.isfinite(face.landmarks).all()
+                found += 1
+    assert found > 0, "the detector still sees the face in some of the cuts"
 
 
 def test_a_box_partly_outside(detector: FaceDetector, photograph: np.ndarray, face: Face) -> None:
