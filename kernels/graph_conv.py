@@ -2,12 +2,13 @@
 
 S (K, m, m) and Θ (m, K, cin, cout) are made once a call. Rows n are everything in front of the node axis.
 
-Few rows: one launch. A program owns a tile of rows, one node and a tile of output channels; it mixes the nodes while it
-loads, so each tile of x is read once per node, from L2. Many rows, or many nodes: mixing is its own launch, a product
-of the (m·K, m) supports with x seen as (m, rows·channels), and x is read once.
+Few rows: one launch. A program owns a tile of rows, one node and a tile of output channels; it mixes the
+nodes while it loads, so each tile of x is read once per node, from L2. Many rows, or many nodes: mixing is
+its own launch, a product of the (m·K, m) supports with x seen as (m, rows·channels), and x is read once.
 
-Backward, with P = grad·Θᵀ: the input's gradient mixes P by Sᵀ; Θ's is one product per node over all rows, S's one over
-all rows and channels. Both sums are cut into a number of parts that depends on the shape alone and added in order.
+Backward, with P = grad·Θᵀ: the input's gradient mixes P by Sᵀ; Θ's is one product per node over all rows, S's
+one over all rows and channels. Both sums are cut into a number of parts that depends on the shape alone and
+added in order.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from aufast.kernels.parameters import (
+    SOFTMAX,
+    node_weights,
+    pool_gradients,
+    support_gradient,
+    support_matrix,
+)
 from aufast.kernels.precision import dot_precision
 from torch import Tensor
 
-from aufast.reference.graph_conv import global_adjacency, softmax_supports
-
-SOFTMAX = 1
 # Mixing while loading reads x once per node; from these sizes on that costs more than a second launch.
 FUSED_ROWS = 4096
 FUSED_NODES = 16
@@ -41,7 +46,7 @@ def mixed_tile(
     PRECISION: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
 ):
-    """`rows` of a contiguous (row_count, inner) matrix times the columns whose first elements are at `x_ptrs`."""
+    """`rows` of a (row_count, inner) matrix times the columns that begin at `x_ptrs`."""
     acc = tl.zeros((rows.shape[0], x_ptrs.shape[0]), tl.float32)
     for first in range(0, inner, BLOCK_INNER):
         j = first + tl.arange(0, BLOCK_INNER).to(tl.int64)
@@ -271,55 +276,6 @@ def graph_conv_support_gradient_kernel(
     tl.store(out_ptrs, acc, (row < row_count)[:, None] & (j < nodes)[None, :])
 
 
-# ---- the parameters: tiny, in plain PyTorch -------------------------------------------------------------------------
-
-
-def support_matrix(U: Tensor, order: int, normalization: int) -> Tensor:
-    """S as one float32 matrix (m·K, m), row i·K + k: `I + N(R(U Uᵀ))` of AAR eq. (10), or AGCRN's K supports."""
-    U = U.float()
-    if normalization == SOFTMAX:
-        supports = softmax_supports(U, order)  # (K, m, m)
-    else:
-        supports = (torch.eye(len(U), device=U.device) + global_adjacency(U)).unsqueeze(0)
-    return supports.transpose(0, 1).reshape(-1, len(U))
-
-
-def support_gradient(d_matrix: Tensor, U: Tensor, order: int, normalization: int) -> Tensor:
-    """The gradient of U from that of `support_matrix`."""
-    nodes = len(U)
-    E = U.float()
-    products = E @ E.T  # (m, m)
-    d_supports = list(d_matrix.view(nodes, order, nodes).unbind(1))  # K of (m, m)
-    if normalization == SOFTMAX:
-        supports = softmax_supports(E, max(order, 2))
-        A = supports[1]
-        d_A = torch.zeros_like(A)
-        for k in range(order - 1, 1, -1):  # T_k = 2 A T_{k-1} - T_{k-2}
-            d_A += 2 * d_supports[k] @ supports[k - 1].T
-            d_supports[k - 1] = d_supports[k - 1] + 2 * A.T @ d_supports[k]
-            d_supports[k - 2] = d_supports[k - 2] - d_supports[k]
-        if order > 1:
-            d_A += d_supports[1]
-        d_products = A * (d_A - (d_A * A).sum(1, keepdim=True))
-    else:
-        total = torch.relu(products).sum()
-        total = torch.where(total == 0, torch.ones_like(total), total)
-        shares = torch.relu(products) / total
-        d_products = (d_supports[0] - (d_supports[0] * shares).sum()) / total
-    d_products = torch.where(products > 0, d_products, torch.zeros_like(d_products))
-    return ((d_products + d_products.T) @ E).to(U.dtype)
-
-
-def node_weights(Q: Tensor | None, W: Tensor, nodes: int) -> Tensor:
-    """`Θ_i = Σ_e Q_ie W_e`, (m, K, cin, cout) in W's dtype; W is (ce, K, cin, cout), (K, cin, cout) without Q."""
-    if Q is None:
-        return W.contiguous().expand(nodes, -1, -1, -1)
-    return torch.einsum("ne,ekio->nkio", Q.float(), W.float()).to(W.dtype).contiguous()
-
-
-# ---- launches -------------------------------------------------------------------------------------------------------
-
-
 def _block(size: int, most: int) -> int:
     """The tile of an axis: a power of two that `tl.dot` takes, no larger than needed."""
     return min(max(triton.next_power_of_2(size), 16), most)
@@ -485,20 +441,3 @@ def graph_conv_backward(
         d_W.view(W.shape) if W_wanted else none,
         d_b if bias is not None and bias_wanted else none,
     )
-
-
-def pool_gradients(
-    d_theta: Tensor | None, d_bias: Tensor | None, Q: Tensor | None, W: Tensor, bias: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of Q, W (ce, K, cin, cout) and bias (ce, cout) from those of Θ (m, K, cin, cout) and Q·bias (m, cout)."""
-    d_Q = d_W = d_b = None
-    if Q is None:
-        d_W = None if d_theta is None else d_theta.sum(0).to(W.dtype)
-        return None, d_W, None if d_bias is None else d_bias.sum(0).to(W.dtype)
-    if d_theta is not None:
-        d_W = torch.einsum("ne,nkio->ekio", Q.float(), d_theta).to(W.dtype).contiguous()
-        d_Q = torch.einsum("nkio,ekio->ne", d_theta, W.float())  # (m, ce)
-    if d_bias is not None:
-        d_b = (Q.float().T @ d_bias).to(W.dtype)
-        d_Q = d_bias @ bias.float().T if d_Q is None else d_Q + d_bias @ bias.float().T
-    return None if d_Q is None else d_Q.to(W.dtype).contiguous(), d_W, d_b

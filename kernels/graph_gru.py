@@ -2,17 +2,19 @@
 
 Outside time: S, Θ, and the input half of the three gates for all steps, one product per node over B·T rows.
 
-Inside time: sequences do not depend on each other, so a program owns a tile of sequences with all their nodes and walks
-through time alone; no program ever waits for another. Each step is four phases, and nodes exchange between phases through
-scratch that only this program touches, small enough for L1 and L2; a barrier of the program stands between phases:
+Inside time: sequences do not depend on each other, so a program owns a tile of sequences with all their nodes
+and walks through time alone; no program ever waits for another. Each step is four phases, and nodes exchange
+between phases through scratch that only this program touches, small enough for L1 and L2; a barrier of the
+program stands between phases:
 
 1. mix the state by S: one (K·m × m) by (m × sequences·c) product;
 2. z and r of every node, and its reset state r ★ h;
 3. mix the reset states;
 4. the candidate of every node, and the new state, kept in float32.
 
-Weights stream from L2. The backward pass walks back with the gates that were saved and writes the gradients of the gates'
-arguments; the gradients of x, S and Θ are then products over all steps at once, as in graph_conv.
+Weights stream from L2. The backward pass walks back with the gates that were saved and writes the gradients
+of the gates' arguments; the gradients of x, S and Θ are then products over all steps at once, as in
+graph_conv.
 """
 
 from __future__ import annotations
@@ -20,20 +22,17 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from aufast.kernels.graph_conv import (
-    convolve,
-    convolve_gradients,
-    mixed_tile,
+from aufast.kernels.graph_conv import convolve, convolve_gradients, mixed_tile, product_tile
+from aufast.kernels.parameters import (
+    SOFTMAX,
     node_weights,
     pool_gradients,
-    product_tile,
     support_gradient,
     support_matrix,
 )
 from aufast.kernels.precision import dot_precision
 from torch import Tensor
 
-SOFTMAX = 1
 # Sequences of a program: the least that `tl.dot` multiplies.
 BLOCK_BATCH = 16
 BLOCK_COLUMNS = 128
@@ -104,7 +103,7 @@ def graph_gru_kernel(
     BLOCK_OUTS: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
 ):
-    """Walks through time; `gates` (B, T, m, 3c) holds the input halves, `state` (B, m, c) the first and last state."""
+    """Walks through time; `gates` (B, T, m, 3c): the input halves; `state` (B, m, c): first, then last."""
     first = tl.program_id(0).to(tl.int64) * BLOCK_BATCH
     b = first + tl.arange(0, BLOCK_BATCH)
     in_batch = b < batch
@@ -238,7 +237,7 @@ def graph_gru_backward_kernel(
     BLOCK_OUTS: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
 ):
-    """Walks back through time; `matrix` is Sᵀ (m, m·K), `d_state` the gradient of the last, then of the first state."""
+    """Walks back; `matrix` is Sᵀ (m, m·K), `d_state` the gradient of the last, then of the first state."""
     first = tl.program_id(0).to(tl.int64) * BLOCK_BATCH
     b = first + tl.arange(0, BLOCK_BATCH)
     in_batch = b < batch
@@ -326,11 +325,8 @@ def graph_gru_backward_kernel(
         tl.debug_barrier()
 
 
-# ---- launches -------------------------------------------------------------------------------------------------------
-
-
 def _resources(dtype: torch.dtype) -> dict[str, int]:
-    """Registers for everything: one program has a multiprocessor to itself, and a spill would be paid every step."""
+    """All registers: a program has a multiprocessor to itself, and a spill is paid every step."""
     return {"BLOCK_INNER": 16 if dtype == torch.float32 else 32, "num_warps": 8, "maxnreg": 255}
 
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import torch
 
-# What the kernels compute in; the operators take float64 through the reference.
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """The `input_precision` of `tl.dot`: "ieee", or "tf32" where PyTorch may use it for float32 matrix products.
+    """The `input_precision` of `tl.dot`: "tf32" where PyTorch may use it for float32, else "ieee".
 
     Low precision is not rounded by "tf32": it has as many mantissa bits as float16 and more than bfloat16.
     """

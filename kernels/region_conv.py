@@ -1,13 +1,14 @@
 """Region convolution in Triton: an implicit matrix product per patch of the n×n grid.
 
-A patch's 3×3 convolution is a product of (pixels, 9·C_in) by (9·C_in, C_out), whose left side is never stored: a
-program owns a patch, a tile of its pixels over the whole batch and a tile of filters, and walks over the nine taps
-and tiles of channels. Scale, shift and ReLU are applied to what it loads; a neighbour outside the patch is zero.
+A patch's 3×3 convolution is a product of (pixels, 9·C_in) by (9·C_in, C_out), whose left side is never
+stored: a program owns a patch, a tile of an image's pixels in it and a tile of filters, and walks
+over the nine taps and tiles of channels. Scale, shift and ReLU are applied to what it loads; a neighbour
+outside the patch is zero.
 
-Backward: the gradient of the activations is the same product with the taps turned round and the channels swapped;
-the ReLU's mask, the gradient of x and the sums for scale and shift are its epilogue. The weight gradient is, per
-patch and tap, a product over all pixels. Sums over pixels are cut into a number of parts that depends on the shape
-alone and added in order.
+Backward: the gradient of the activations is the same product with the taps turned round and the channels
+swapped; the ReLU's mask, the gradient of x and the sums for scale and shift are its epilogue. The weight
+gradient is, per patch and tap, a product over all pixels. Sums over pixels are cut into a number of parts
+that depends on the shape alone and added in order.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ RESOURCES = {"num_stages": 1, "maxnreg": 168}
 
 @triton.jit
 def _tile(tile, patch, grid, patch_height, patch_width, BLOCK_PIXELS: tl.constexpr):
-    """A tile of one image's patch: the image, the patch's corner on the map, row and column in the patch, mask."""
+    """A tile of an image's patch: image, the patch's corner on the map, row and column in it, mask."""
     area = patch_height * patch_width
     tiles = tl.cdiv(area, BLOCK_PIXELS)
     place = (tile % tiles).to(tl.int32) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
@@ -142,7 +143,7 @@ def region_conv_input_gradient_kernel(
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_FILTERS: tl.constexpr,
 ):
-    """As `region_conv_kernel`, from filters back to channels; `d_scale`, `d_shift` are (pixel tiles, n·n, channels)."""
+    """From filters back to channels; `d_scale` and `d_shift` are (pixel tiles, n·n, channels)."""
     patch = tl.program_id(1).to(tl.int64)
     c = tl.program_id(2).to(tl.int64) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     in_channels = c < channels
@@ -212,7 +213,7 @@ def region_conv_weight_gradient_kernel(
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_FILTERS: tl.constexpr,
 ):
-    """out (parts, n·n, 9, channels, filters): a part of the pixels (axis 0), patch and tap (axis 1), tiles (axis 2)."""
+    """out (parts, n·n, 9, channels, filters): a part of the tiles (axis 0), patch and tap (axis 1)."""
     part = tl.program_id(0).to(tl.int64)
     patch, tap = (tl.program_id(1) // 9).to(tl.int64), tl.program_id(1) % 9
     channel_tiles = tl.cdiv(channels, BLOCK_CHANNELS)
@@ -253,7 +254,7 @@ def _block(size: int, most: int) -> int:
 
 
 def _most_inner(x: Tensor) -> int:
-    """The longest step along the summed axis: pixels innermost need an address for each, and the registers for it."""
+    """The longest step of the sum: with pixels innermost every element needs an address of its own."""
     return 32 if _format(x) == torch.channels_last else 16
 
 
@@ -279,7 +280,8 @@ def region_conv(
         out, x, _by_tap(weight), bias, scale, shift, grid, *patch, channels, filters,
         *x.stride(), *out.stride(),
         BIAS=bias is not None, SCALE=scale is not None, PRECISION=dot_precision(x.dtype),
-        BLOCK_PIXELS=BLOCK_PIXELS, BLOCK_CHANNELS=_block(channels, _most_inner(x)), BLOCK_FILTERS=block, **RESOURCES,
+        BLOCK_PIXELS=BLOCK_PIXELS, BLOCK_CHANNELS=_block(channels, _most_inner(x)), BLOCK_FILTERS=block,
+        **RESOURCES,
     )  # fmt: skip
     return out
 
@@ -302,7 +304,8 @@ def _input_gradients(
         d_x, d_scale, d_shift, grad, x, _by_tap(weight), scale, shift,
         grid, *patch, channels, filters, *grad.stride(), *x.stride(), *d_x.stride(),
         SCALE=scale is not None, D_X=x_wanted, PRECISION=dot_precision(x.dtype),
-        BLOCK_PIXELS=BLOCK_PIXELS, BLOCK_CHANNELS=block, BLOCK_FILTERS=_block(filters, _most_inner(x)), **RESOURCES,
+        BLOCK_PIXELS=BLOCK_PIXELS, BLOCK_CHANNELS=block, BLOCK_FILTERS=_block(filters, _most_inner(x)),
+        **RESOURCES,
     )  # fmt: skip
     return d_x, *(None if d is None else d.sum(0) for d in (d_scale, d_shift))
 

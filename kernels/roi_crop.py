@@ -1,13 +1,14 @@
 """Multi-ROI affine crop-and-resize in Triton: MARGL eq. (2) and bilinear sampling with zeros outside.
 
 Forward: a program owns one region and a block of channels. Where its samples fall, and their weights, is
-computed once and serves all its channels; with channels innermost (channels_last) a tap is a contiguous vector.
+computed once and serves all its channels; with channels innermost (channels_last) a tap is a contiguous
+vector.
 
-Backward, without atomics. A sample at (x, y) weighs pixel (i, j) by max(0, 1 - |x - j|) max(0, 1 - |y - i|), so
-the features' gradient is gathered: a program owns a square of an image's pixels and a block of channels, walks
-over the regions in order, and for those that can reach its square adds the product of (pixels, samples) weights
-and (samples, channels) gradients. The regions' gradient is one program per region, which sums its samples and
-channels in a fixed order.
+Backward, without atomics. A sample at (x, y) weighs pixel (i, j) by max(0, 1 - |x - j|) max(0, 1 - |y - i|),
+so the features' gradient is gathered: a program owns a square of an image's pixels and a block of channels,
+walks over the regions in order, and for those that can reach its square adds the product of (pixels, samples)
+weights and (samples, channels) gradients. The regions' gradient is one program per region, which sums its
+samples and channels in a fixed order.
 """
 
 from __future__ import annotations
@@ -22,17 +23,32 @@ SIDE = 8  # of a square of pixels
 
 
 @triton.jit
-def _region(rois_ptr, roi, height, width, BOXES: tl.constexpr):
-    """θ of one region, made from its box where BOXES, and whether it is finite; zero where it is not."""
+def _scale(size, ALIGN: tl.constexpr):
+    """Pixels a unit of the normalised coordinate."""
+    return (size - 1) / 2 if ALIGN else size / 2
+
+
+@triton.jit
+def _region(rois_ptr, roi, height, width, BOXES: tl.constexpr, ALIGN: tl.constexpr):
+    """One region as x = xx·u + xy·v + x0 and y = yx·u + yy·v + y0 in pixels, u and v in [-1, 1].
+
+    All zero where it is not finite, which is the last result.
+    """
     if BOXES:
         x1, y1 = tl.load(rois_ptr + roi * 4), tl.load(rois_ptr + roi * 4 + 1)
         x2, y2 = tl.load(rois_ptr + roi * 4 + 2), tl.load(rois_ptr + roi * 4 + 3)
-        xx, xy, x0 = (x2 - x1) / width, 0.0, (x1 + x2) / width - 1
-        yx, yy, y0 = 0.0, (y2 - y1) / height, (y1 + y2) / height - 1
+        xx, xy, x0 = (x2 - x1) / 2, 0.0, (x1 + x2) / 2 - 0.5
+        yx, yy, y0 = 0.0, (y2 - y1) / 2, (y1 + y2) / 2 - 0.5
     else:
-        row = rois_ptr + roi * 6
-        xx, xy, x0 = tl.load(row), tl.load(row + 1), tl.load(row + 2)
-        yx, yy, y0 = tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
+        row, scale_x, scale_y = rois_ptr + roi * 6, _scale(width, ALIGN), _scale(height, ALIGN)
+        half = 0.0 if ALIGN else 0.5
+        xx, xy, x0 = (
+            tl.load(row) * scale_x,
+            tl.load(row + 1) * scale_x,
+            (tl.load(row + 2) + 1) * scale_x - half,
+        )
+        yx, yy = tl.load(row + 3) * scale_y, tl.load(row + 4) * scale_y
+        y0 = (tl.load(row + 5) + 1) * scale_y - half
     # 0 · v is 0 where v is finite and NaN where it is not.
     finite = xx * 0 + xy * 0 + x0 * 0 + yx * 0 + yy * 0 + y0 * 0 == 0
     xx, xy, x0 = tl.where(finite, xx, 0.0), tl.where(finite, xy, 0.0), tl.where(finite, x0, 0.0)
@@ -41,23 +57,25 @@ def _region(rois_ptr, roi, height, width, BOXES: tl.constexpr):
 
 
 @triton.jit
-def _normal(index, size, ALIGN: tl.constexpr):
-    """The normalised coordinate in [-1, 1] of an output index, as in `affine_grid`."""
-    if ALIGN:
-        return tl.where(size > 1, 2.0 * index / tl.maximum(size - 1, 1) - 1, 0.0)
-    return (2.0 * index + 1) / size - 1
+def _steps(size, ALIGN: tl.constexpr):
+    """What the normalised coordinate (2·index + 1 - size) / steps of an output index is divided by."""
+    return tl.maximum(size - 1, 1) if ALIGN else size
 
 
 @triton.jit
-def _pixel(normal, size, ALIGN: tl.constexpr):
-    """The pixel of a normalised coordinate, as in `grid_sample`; far outside is outside, without overflow."""
-    normal = tl.minimum(tl.maximum(normal, -16.0), 16.0)
-    return (normal + 1) / 2 * (size - 1) if ALIGN else ((normal + 1) * size - 1) / 2
+def _pixel(along_u, along_v, centre, column, row, out_width, out_height, size, ALIGN: tl.constexpr):
+    """Where a sample falls along one axis; far outside is outside, without overflow.
+
+    Multiplied before it is divided, so that boxes of round numbers meet the pixels' centres exactly.
+    """
+    x = along_u * (2 * column + 1 - out_width) / _steps(out_width, ALIGN) + centre
+    x += along_v * (2 * row + 1 - out_height) / _steps(out_height, ALIGN)
+    return tl.minimum(tl.maximum(x, -4.0), size + 4.0)
 
 
 @triton.jit
 def _tap(pixel, size):
-    """The lower neighbour of a coordinate, the weight of the upper one, and which of the two are on the map."""
+    """The lower neighbour of a coordinate, the upper one's weight, and which of them are on the map."""
     low = tl.floor(pixel)
     index = low.to(tl.int64)
     return index, pixel - low, (index >= 0) & (index < size), (index >= -1) & (index + 1 < size)
@@ -89,14 +107,16 @@ def roi_crop_kernel(
     """One region (program axis 0), one block of channels (axis 1)."""
     roi = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1).to(tl.int64) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    xx, xy, x0, yx, yy, y0, finite = _region(rois_ptr, roi, height, width, BOXES)
+    xx, xy, x0, yx, yy, y0, finite = _region(rois_ptr, roi, height, width, BOXES, ALIGN)
     planes = features_ptr + (roi // regions) * stride_b + c * stride_c
     in_channels = (c < channels)[None, :]
     for start in range(0, out_height * out_width, BLOCK_SAMPLES):
         sample = start + tl.arange(0, BLOCK_SAMPLES)
-        u, v = _normal(sample % out_width, out_width, ALIGN), _normal(sample // out_width, out_height, ALIGN)
-        x, right, left_in, right_in = _tap(_pixel(xx * u + xy * v + x0, width, ALIGN), width)
-        y, lower, top_in, bottom_in = _tap(_pixel(yx * u + yy * v + y0, height, ALIGN), height)
+        column, row = sample % out_width, sample // out_width
+        x = _pixel(xx, xy, x0, column, row, out_width, out_height, width, ALIGN)
+        y = _pixel(yx, yy, y0, column, row, out_width, out_height, height, ALIGN)
+        x, right, left_in, right_in = _tap(x, width)
+        y, lower, top_in, bottom_in = _tap(y, height)
         taps = planes[None, :] + (y * stride_y + x * stride_x)[:, None]  # (samples, channels)
         value = ((1 - right) * (1 - lower))[:, None] * tl.load(
             taps, (top_in & left_in)[:, None] & in_channels, other=0.0
@@ -116,12 +136,12 @@ def roi_crop_kernel(
 
 
 @triton.jit
-def _reach(along_u, along_v, centre, size, out_width, out_height, ALIGN: tl.constexpr):
+def _reach(along_u, along_v, centre, out_width, out_height, ALIGN: tl.constexpr):
     """The first and last pixel that a region's samples can touch along one axis."""
-    most_u, most_v = _normal(out_width - 1, out_width, ALIGN), _normal(out_height - 1, out_height, ALIGN)
-    half = tl.abs(along_u) * most_u + tl.abs(along_v) * most_v
+    half = tl.abs(along_u) * (out_width - 1) / _steps(out_width, ALIGN)
+    half += tl.abs(along_v) * (out_height - 1) / _steps(out_height, ALIGN)
     # The neighbour beyond the last sample, and room for rounding.
-    return _pixel(centre - half, size, ALIGN) - 1.5, _pixel(centre + half, size, ALIGN) + 1.5
+    return centre - half - 1.5, centre + half + 1.5
 
 
 @triton.jit
@@ -163,17 +183,16 @@ def roi_crop_features_gradient_kernel(
     acc = tl.zeros((SIDE * SIDE, BLOCK_CHANNELS), tl.float32)
     for number in range(regions):
         region = tl.full((), 0, tl.int64) + number
-        xx, xy, x0, yx, yy, y0, finite = _region(rois_ptr, b * regions + region, height, width, BOXES)
-        first_x, last_x = _reach(xx, xy, x0, width, out_width, out_height, ALIGN)
-        first_y, last_y = _reach(yx, yy, y0, height, out_width, out_height, ALIGN)
+        xx, xy, x0, yx, yy, y0, finite = _region(rois_ptr, b * regions + region, height, width, BOXES, ALIGN)
+        first_x, last_x = _reach(xx, xy, x0, out_width, out_height, ALIGN)
+        first_y, last_y = _reach(yx, yy, y0, out_width, out_height, ALIGN)
         across = (first_x < left + SIDE) & (last_x > left) & (first_y < top + SIDE) & (last_y > top)
         # A region that cannot reach this square has no samples to walk over.
         for start in range(0, tl.where(finite & across, out_height * out_width, 0), BLOCK_SAMPLES):
             sample = start + tl.arange(0, BLOCK_SAMPLES)
             column, row = sample % out_width, sample // out_width
-            u, v = _normal(column, out_width, ALIGN), _normal(row, out_height, ALIGN)
-            x = _pixel(xx * u + xy * v + x0, width, ALIGN)
-            y = _pixel(yx * u + yy * v + y0, height, ALIGN)
+            x = _pixel(xx, xy, x0, column, row, out_width, out_height, width, ALIGN)
+            y = _pixel(yx, yy, y0, column, row, out_width, out_height, height, ALIGN)
             weight = tl.maximum(1 - tl.abs(x[None, :] - j[:, None]), 0.0)  # (pixels, samples)
             weight *= tl.maximum(1 - tl.abs(y[None, :] - i[:, None]), 0.0)
             place = b * grad_stride_b + region * grad_stride_r + row.to(tl.int64) * grad_stride_v
@@ -215,16 +234,17 @@ def roi_crop_rois_gradient_kernel(
     """One region: the sums of its samples' derivatives, each over all channels."""
     roi = tl.program_id(0).to(tl.int64)
     image, region = roi // regions, roi % regions
-    xx, xy, x0, yx, yy, y0, finite = _region(rois_ptr, roi, height, width, BOXES)
+    xx, xy, x0, yx, yy, y0, finite = _region(rois_ptr, roi, height, width, BOXES, ALIGN)
     zeros = tl.zeros((BLOCK_SAMPLES,), tl.float32)
     d_xx, d_xy, d_x0, d_yx, d_yy, d_y0 = zeros, zeros, zeros, zeros, zeros, zeros
     # A region that is not finite passes no gradient: it has no samples to walk over.
     for start in range(0, tl.where(finite, out_height * out_width, 0), BLOCK_SAMPLES):
         sample = start + tl.arange(0, BLOCK_SAMPLES)
         column, row = sample % out_width, sample // out_width
-        u, v = _normal(column, out_width, ALIGN), _normal(row, out_height, ALIGN)
-        x, right, left_in, right_in = _tap(_pixel(xx * u + xy * v + x0, width, ALIGN), width)
-        y, lower, top_in, bottom_in = _tap(_pixel(yx * u + yy * v + y0, height, ALIGN), height)
+        x = _pixel(xx, xy, x0, column, row, out_width, out_height, width, ALIGN)
+        y = _pixel(yx, yy, y0, column, row, out_width, out_height, height, ALIGN)
+        x, right, left_in, right_in = _tap(x, width)
+        y, lower, top_in, bottom_in = _tap(y, height)
         in_samples = sample < out_height * out_width
         d_x, d_y = zeros, zeros
         for first in range(0, channels, BLOCK_CHANNELS):
@@ -243,23 +263,25 @@ def roi_crop_rois_gradient_kernel(
             d = tl.load(taps + stride_x, known & (bottom_in & right_in)[:, None], other=0.0).to(tl.float32)
             d_x += tl.sum(grad * ((b - a) * (1 - lower)[:, None] + (d - c) * lower[:, None]), 1)
             d_y += tl.sum(grad * ((c - a) * (1 - right)[:, None] + (d - b) * right[:, None]), 1)
-        d_x *= (width - 1 if ALIGN else width) / 2
-        d_y *= (height - 1 if ALIGN else height) / 2
+        u = (2 * column + 1 - out_width) / _steps(out_width, ALIGN)
+        v = (2 * row + 1 - out_height) / _steps(out_height, ALIGN)
         d_xx, d_xy, d_x0 = d_xx + d_x * u, d_xy + d_x * v, d_x0 + d_x
         d_yx, d_yy, d_y0 = d_yx + d_y * u, d_yy + d_y * v, d_y0 + d_y
     if BOXES:
-        wide, high = tl.sum(d_xx, 0), tl.sum(d_yy, 0)
-        tl.store(d_rois_ptr + roi * 4, (tl.sum(d_x0, 0) - wide) / width)
-        tl.store(d_rois_ptr + roi * 4 + 1, (tl.sum(d_y0, 0) - high) / height)
-        tl.store(d_rois_ptr + roi * 4 + 2, (tl.sum(d_x0, 0) + wide) / width)
-        tl.store(d_rois_ptr + roi * 4 + 3, (tl.sum(d_y0, 0) + high) / height)
+        wide, across = tl.sum(d_xx, 0), tl.sum(d_x0, 0)
+        high, down = tl.sum(d_yy, 0), tl.sum(d_y0, 0)
+        tl.store(d_rois_ptr + roi * 4, (across - wide) / 2)
+        tl.store(d_rois_ptr + roi * 4 + 1, (down - high) / 2)
+        tl.store(d_rois_ptr + roi * 4 + 2, (across + wide) / 2)
+        tl.store(d_rois_ptr + roi * 4 + 3, (down + high) / 2)
     else:
-        tl.store(d_rois_ptr + roi * 6, tl.sum(d_xx, 0))
-        tl.store(d_rois_ptr + roi * 6 + 1, tl.sum(d_xy, 0))
-        tl.store(d_rois_ptr + roi * 6 + 2, tl.sum(d_x0, 0))
-        tl.store(d_rois_ptr + roi * 6 + 3, tl.sum(d_yx, 0))
-        tl.store(d_rois_ptr + roi * 6 + 4, tl.sum(d_yy, 0))
-        tl.store(d_rois_ptr + roi * 6 + 5, tl.sum(d_y0, 0))
+        row, scale_x, scale_y = d_rois_ptr + roi * 6, _scale(width, ALIGN), _scale(height, ALIGN)
+        tl.store(row, tl.sum(d_xx, 0) * scale_x)
+        tl.store(row + 1, tl.sum(d_xy, 0) * scale_x)
+        tl.store(row + 2, tl.sum(d_x0, 0) * scale_x)
+        tl.store(row + 3, tl.sum(d_yx, 0) * scale_y)
+        tl.store(row + 4, tl.sum(d_yy, 0) * scale_y)
+        tl.store(row + 5, tl.sum(d_y0, 0) * scale_y)
 
 
 def _channels_last(features: Tensor) -> bool:
@@ -315,7 +337,8 @@ def roi_crop_backward(
         found = torch.empty_like(places)
         roi_crop_rois_gradient_kernel[(batch * regions,)](
             found, grad, features, places, *sizes, *grad.stride(), *features.stride(),
-            BLOCK_CHANNELS=_channel_block(channels, 32 if _channels_last(features) else 16), maxnreg=168, **options,
+            BLOCK_CHANNELS=_channel_block(channels, 32 if _channels_last(features) else 16),
+            maxnreg=168, **options,
         )  # fmt: skip
         d_rois = found.to(rois.dtype)
     return d_features, d_rois

@@ -18,7 +18,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 
 class _Driver:
-    """As much of a driver as compiling asks for; the compute capability stands for the device, the key of the cache."""
+    """As much of a driver as compiling asks for; the capability stands for the device, the cache's key."""
 
     def __init__(self, capability: int):
         self.capability = capability
@@ -52,19 +52,10 @@ def compiled_launches(capability: int, call: Callable[[], object]) -> list[Compi
 
 
 def stack_bytes(kernel: CompiledKernel, folder: Path) -> int:
-    """Bytes of local memory a thread uses: registers that were spilled, and arrays that are not in registers."""
+    """Bytes of local memory a thread uses: for spilled registers and arrays that are not in registers."""
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(kernel.asm["cubin"])
     report = subprocess.run(
         [CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True
     ).stdout
     return sum(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", report))
-
-
-def registers(kernel: CompiledKernel, folder: Path) -> int:
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(kernel.asm["cubin"])
-    report = subprocess.run(
-        [CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True
-    ).stdout
-    return int(re.search(r"REG:(\d+)", report)[1])

@@ -34,7 +34,7 @@ def crop_calls(dtype: torch.dtype) -> None:
 
 
 def conv_calls(dtype: torch.dtype) -> None:
-    """AAR's layer, twelve nodes and 96 channels, in one launch and in two; and a forecaster's with 170 nodes."""
+    """AAR's layer (12 nodes, 96 channels) in one launch and in two, and a forecaster's with 170 nodes."""
     Q, W, bias = (torch.empty(shape, dtype=dtype) for shape in ((12, 8), (8, 96, 96), (8, 96)))
     for rows in (48, 12288):
         x = torch.empty(rows, 12, 96, dtype=dtype)
@@ -58,7 +58,7 @@ def gru_calls(dtype: torch.dtype) -> None:
 
 
 def region_calls(dtype: torch.dtype) -> None:
-    """The layer on an 8×8 grid of AAR's first region layer, both memory formats, with and without BatchNorm."""
+    """AAR's first layer on an 8×8 grid, both memory formats, with and without BatchNorm."""
     weight, bias = torch.empty(8, 8, 16, 32, 3, 3, dtype=dtype), torch.empty(8, 8, 16, dtype=dtype)
     for memory_format in (torch.contiguous_format, torch.channels_last):
         x = torch.empty(2, 32, 176, 176, dtype=dtype).contiguous(memory_format=memory_format)

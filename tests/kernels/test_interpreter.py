@@ -1,4 +1,4 @@
-"""Runs the kernels' own tests in Triton's interpreter, in a process of its own: it must not leak into others."""
+"""Runs the kernels' tests in Triton's interpreter, in a process of its own: it must not leak."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Triton kernels compute the definition, outputs and gradients, and touch nothing around their tensors."""
+"""The Triton kernels compute the definition, outputs and gradients, and touch nothing else."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from aufast.kernels import graph_conv
 from torch import Tensor
 
+from aufast import ops
 from aufast.ops import backends
 from tests.samples import SAMPLES, TYPICAL, Sample, Tensors, relative_error, run
 
@@ -195,6 +196,20 @@ def test_long_sums_are_cut_into_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(region_conv, "TILES_PER_PART", 1)
     for sample in TYPICAL[1:]:
         assert_close_enough(sample, torch.float32)
+
+
+def test_boxes_of_round_numbers_meet_the_pixels_exactly() -> None:
+    """A crop at the map's own resolution copies, and its gradient is a copy too."""
+    features = torch.randn(1, 3, 9, 11, device=DEVICE, requires_grad=True)
+    boxes = torch.tensor([[[0, 0, 7, 6], [4, 3, 11, 9], [2, 1, 9, 7]]], dtype=torch.float32, device=DEVICE)
+    crops = ops.roi_crop(features, boxes, (6, 7), backend="triton")
+    for crop, (left, top, right, bottom) in zip(crops[0], boxes[0].int().tolist(), strict=True):
+        assert torch.equal(crop, features[0, :, top:bottom, left:right])
+    weights = torch.randn_like(crops[0, 1])
+    (gradient,) = torch.autograd.grad((crops[0, 1] * weights).sum(), features)
+    expected = torch.zeros_like(features)
+    expected[0, :, 3:9, 4:11] = weights
+    torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("sample", TYPICAL, ids=str)
