@@ -31,7 +31,7 @@ struct Crew {
 #if defined(__x86_64__)
       __builtin_ia32_pause();
 #endif
-      if (spins % 512 != 0) continue;
+      if (spins % 128 != 0) continue;
       done = 0;
       for (int other = 0; other < members; ++other) done += take(other, items, body);
       if (done) __atomic_fetch_add(finished, done, __ATOMIC_ACQ_REL);
