@@ -102,9 +102,9 @@ def _lower_folds(canvas: Canvas, age: float, a: Strengths, points: Array) -> Non
             spot(at(40, x, y), (2.6, 2.0), (-0.20 if k % 2 else -0.15) * a[17])
         for x in (4, 10, 16):  # AU 23: fine lines into the narrowed lips
             fold(
-                [at(34, -x, -7.5), at(34, -x * 0.92, -4.5), at(34, -x * 0.85, -1.5)], 1.0, 0.34 * age * a[23]
+                [at(34, -x, -7.5), at(34, -x * 0.92, -4.5), at(34, -x * 0.85, -1.5)], 1.2, 0.48 * age * a[23]
             )
-            fold([at(40, -x * 0.85, 1.5), at(40, -x * 0.92, 4.5), at(40, -x, 7.5)], 1.0, 0.28 * age * a[23])
+            fold([at(40, -x * 0.85, 1.5), at(40, -x * 0.92, 4.5), at(40, -x, 7.5)], 1.2, 0.42 * age * a[23])
     center = points[40]
     arc = center + np.array([(-20, 13), (-10, 8), (0, 6), (10, 8), (20, 13)])
     fold(smooth(arc), 2.0, 0.40 * age * a[17])

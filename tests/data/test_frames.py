@@ -47,7 +47,15 @@ def test_movie(tmp_path: Path) -> None:
 
 
 def test_a_playlist_is_no_video(tmp_path: Path) -> None:
-    make_movie(tmp_path / "a.ts.avi", 5)
-    (tmp_path / "list.avi").write_text(f"#EXTM3U\n#EXTINF:1,\n{tmp_path / 'a.ts.avi'}\n#EXT-X-ENDLIST\n")
-    with pytest.raises(ValueError, match="list.avi: cannot be opened as a video"):
-        list(iterate_frames(movie_record(tmp_path / "list.avi", [0])))
+    """FFmpeg would follow it to whatever file it names."""
+    make_movie(tmp_path / "other.ts", 5)
+    playlist = tmp_path / "list.m3u8"
+    playlist.write_text(
+        f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{tmp_path}/other.ts\n#EXT-X-ENDLIST\n"
+    )
+    import av
+
+    with av.open(str(playlist)) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 5
+    with pytest.raises(ValueError, match="list.m3u8: cannot be opened as a video"):
+        list(iterate_frames(movie_record(playlist, [0])))

@@ -43,6 +43,15 @@ def test_refuses_other_files(tmp_path: Path) -> None:
         read_matrix(tmp_path / "none.mat", "pts")
 
 
+@pytest.mark.parametrize("compressed", [False, True], ids=["plain", "compressed"])
+def test_a_file_cut_short_says_so(tmp_path: Path, compressed: bool) -> None:
+    path = tmp_path / "m.mat"
+    scipy.io.savemat(path, {"pts": np.ones((66, 2))}, do_compression=compressed)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="m.mat: the file is damaged .*: it ends early"):
+        read_matrix(path, "pts")
+
+
 def test_refuses_a_file_made_to_burst(tmp_path: Path) -> None:
     path = tmp_path / "m.mat"
     scipy.io.savemat(path, {"pts": np.zeros((1 << 22, 2))}, do_compression=True)  # 64 MiB in 65 kB

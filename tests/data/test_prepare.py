@@ -98,7 +98,9 @@ def test_frames_that_cannot_be_packed_are_reported(tmp_path: Path) -> None:
         text[0] == f"{tmp_path / 'out'}: 3 frames of 2 videos" and "left out 1 frames: no landmarks" in text
     )
     video = PackedDataset(tmp_path / "out", verify=True).videos[0]
-    assert video.numbers.tolist() == [1, 5] and video.labels[:, 0].tolist() == [1, 1]
+    assert (
+        len(video.frames) == 2 and video.numbers.tolist() == [1, 5] and video.labels[:, 0].tolist() == [1, 1]
+    )
 
 
 def test_a_video_without_a_usable_frame_is_not_in_the_set(tmp_path: Path) -> None:
@@ -147,16 +149,23 @@ def test_goes_on_where_it_stopped(tree: Path, packed: Path, tmp_path: Path, monk
     with pytest.raises(ValueError, match="whose preparing has not ended"):
         PackedDataset(out)
     (out / "videos" / ".F003_T1.123").mkdir()  # what a killed run leaves
+    (out / "videos" / ".F003_T1.123" / "frames.npy").write_bytes(b"half")
     summary = prepare_dataset(tree, out, size=64)
     assert calls[2:] == ["F003_T1", "F004_T1"] and summary.kept == 1
     assert contents(out) == contents(packed)
     assert prepare_dataset(tree, out, size=64).kept == 3 and len(calls) == 4
 
 
-def test_labels_that_changed_are_packed_anew(tree: Path, tmp_path: Path) -> None:
+def test_labels_that_changed_are_packed_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trees.bp4d(tmp_path / "tree", {"F001_T1": {1: {}, 2: {}}, "F002_T1": {1: {}}})
     prepare_dataset(tmp_path / "tree", tmp_path / "out", size=32)
     trees.write_codes(tmp_path / "tree/AUCoding/AU_OCC/F001_T1.csv", {1: {1: 1}, 2: {}})
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "_fill", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare_dataset(tmp_path / "tree", tmp_path / "out", size=32)
+    with pytest.raises(ValueError, match="whose preparing has not ended"):  # any more
+        PackedDataset(tmp_path / "out")
     assert prepare_dataset(tmp_path / "tree", tmp_path / "out", size=32).kept == 1
     assert PackedDataset(tmp_path / "out", verify=True).videos[0].labels[:, 0].tolist() == [1, 0]
 

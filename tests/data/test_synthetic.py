@@ -235,6 +235,16 @@ def test_tree_is_read_and_aligned(tree: Path) -> None:
             assert hidden == set(hidden_aus(place)) & set(AU_SETS["bp4d"])
 
 
+def test_every_person_and_video_moves_differently() -> None:
+    recipe = Recipe(subjects=2, frames=30, size=64)
+    places = [(0, 0), (0, 1), (1, 0)]
+    motions = [draw_video(recipe, *place)[2] for place in places]
+    for i in range(3):
+        for j in range(i):
+            assert np.abs(motions[i].strength - motions[j].strength).max() > 0.3
+            assert np.abs(motions[i].yaw - motions[j].yaw).max() > 0.02
+
+
 def test_the_tree_says_synthetic(tree: Path) -> None:
     about = json.loads((tree / "SYNTHETIC.json").read_text())
     assert about["synthetic"] is True and about["seed"] == 4
