@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from aufast.data.landmarks import write_landmarks
 from aufast.data.parallel import run_all
 from aufast.data.protocols import FOLDS
 from aufast.data.records import MARKER
-from aufast.data.synthetic_face import View, draw_identity, render
+from aufast.data.synthetic_face import Identity, View, draw_identity, render
 from aufast.data.synthetic_motion import Motion, draw_motion, rates_of
 
 Array = np.ndarray
@@ -109,13 +109,16 @@ def synthesize(root: str | os.PathLike[str], recipe: Recipe = Recipe(), workers:
         (work / MARKER).write_text(json.dumps({**about, **vars(recipe)}, indent=2) + "\n", encoding="utf-8")
         work.chmod(0o755)  # mkdtemp makes it private
         os.replace(work, root)
-    except BaseException:
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(f"{root}: cannot be written: {error.strerror}") from error
+    finally:
         shutil.rmtree(work, ignore_errors=True)
-        raise
     return root
 
 
-def draw_video(recipe: Recipe, subject: int, video: int) -> tuple[list[Array], Array, Motion]:
+def draw_video(recipe: Recipe, subject: int, video: int) -> tuple[Motion, Iterator[tuple[Array, Array]]]:
     """One video of a recipe.
 
     Args:
@@ -124,20 +127,25 @@ def draw_video(recipe: Recipe, subject: int, video: int) -> tuple[list[Array], A
         video: index of the video.
 
     Returns:
-        The frames, uint8 (size, size, 3) each; landmarks (n, 49, 2) in their pixels; and the motion.
+        The motion, and an iterator that draws: a frame, uint8 (size, size, 3), with its landmarks (49, 2).
     """
     person = np.random.default_rng([recipe.seed, subject])
     identity = draw_identity(person)
     habits = person.normal(size=len(AU_NAMES))
     generator = np.random.default_rng([recipe.seed, subject, video + 1])
     motion = draw_motion(generator, recipe.frames, rates_of(recipe.layout), habits, recipe.occluders)
+    return motion, _draw_frames(recipe, identity, motion, generator)
+
+
+def _draw_frames(
+    recipe: Recipe, identity: Identity, motion: Motion, generator: np.random.Generator
+) -> Iterator[tuple[Array, Array]]:
     background = _background(generator, recipe.size)
     unit = recipe.size / 200
     scale = unit * generator.uniform(0.72, 0.86)
     light = generator.uniform(-0.22, 0.22), generator.uniform(-0.15, 0.1)
     gain = generator.uniform(0.85, 1.1)
     thing = generator.uniform(40, 220, 3)
-    frames, points = [], []
     for k in range(recipe.frames):
         x, y = recipe.size / 2 + unit * motion.shift[k]
         placement = Placement(scale, float(motion.roll[k]), float(x), float(y + 4 * unit))
@@ -148,9 +156,7 @@ def draw_video(recipe: Recipe, subject: int, video: int) -> tuple[list[Array], A
             _cover(picture, placement, motion.occluder[k], thing)
         grain = generator.standard_normal((recipe.size, recipe.size), dtype=np.float32)
         picture = picture * np.float32(gain) + np.float32(2.0) * grain[..., None]
-        frames.append(np.clip(picture, 0, 255).astype(np.uint8))
-        points.append(landmarks)
-    return frames, np.array(points), motion
+        yield np.clip(picture, 0, 255).astype(np.uint8), landmarks
 
 
 def _background(generator: np.random.Generator, size: int) -> Array:
@@ -185,7 +191,7 @@ def _write_video(job: tuple[Path, Recipe, int, int]) -> None:
 
     root, recipe, subject, video = job
     name = subject_names(recipe)[subject]
-    frames, points, motion = draw_video(recipe, subject, video)
+    motion, frames = draw_video(recipe, subject, video)
     if recipe.layout == "bp4d":
         first = 1 + 37 * (subject + video)  # BP4D codes a part of each video, wherever it starts
         numbers = np.arange(first, first + recipe.frames)
@@ -198,11 +204,13 @@ def _write_video(job: tuple[Path, Recipe, int, int]) -> None:
         names = [str(number - 1) for number in numbers]
         _write_intensities(root / "ActionUnit_Labels" / name, name, numbers, motion)
     folder.mkdir(parents=True)
-    for stem, frame in zip(names, frames, strict=True):
+    points = []
+    for stem, (frame, landmarks) in zip(names, frames, strict=True):
+        points.append(landmarks)
         options = {"quality": JPEG_QUALITY} if suffix == "jpg" else {"compress_level": 1}
         Image.fromarray(frame).save(folder / f"{stem}.{suffix}", **options)
     (root / "Landmarks").mkdir(exist_ok=True)
-    write_landmarks(root / "Landmarks" / f"{title}.csv", numbers, points)
+    write_landmarks(root / "Landmarks" / f"{title}.csv", numbers, np.array(points))
 
 
 def _write_codes(path: Path, numbers: Sequence[int], motion: Motion) -> None:

@@ -198,8 +198,14 @@ def test_killed_at_any_moment_it_goes_on(tmp_path: Path, workers: int) -> None:
         while process.poll() is None and len(list(out.glob("videos/[!.]*"))) < wanted:
             time.sleep(0.005)
         time.sleep(0.03 * (attempt % 4))
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        left = children.read_text().split() if process.poll() is None else []
         process.send_signal(signal.SIGKILL)
         process.communicate()
+        wait = time.monotonic() + 10
+        while any(Path(f"/proc/{pid}").exists() for pid in left):  # workers end with their parent
+            assert time.monotonic() < wait
+            time.sleep(0.01)
         finished = {p.name for p in out.glob("videos/[!.]*")}
         assert seen <= finished
         for name in finished:  # what has a name is whole

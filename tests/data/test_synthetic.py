@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -225,7 +227,8 @@ def test_tree_is_read_and_aligned(tree: Path) -> None:
         aligned = align_face(load_image(video.images[0]), points[0])
         eyes = aligned.landmarks[19:25].mean(0), aligned.landmarks[25:31].mean(0)
         assert abs(eyes[0][1] - eyes[1][1]) < 1e-6 and 55 < eyes[1][0] - eyes[0][0] < 85
-        frames, drawn, motion = draw_video(Recipe(subjects=3, videos=1, frames=40, seed=4), k, 0)
+        motion, pairs = draw_video(Recipe(subjects=3, videos=1, frames=40, seed=4), k, 0)
+        frames, drawn = zip(*pairs, strict=True)
         np.testing.assert_allclose(points, drawn, atol=0.006)
         assert np.abs(load_image(video.images[7]).astype(int) - frames[7]).mean() < 4  # JPEG
         columns = [AUS.index(au) for au in AU_SETS["bp4d"]]
@@ -238,7 +241,7 @@ def test_tree_is_read_and_aligned(tree: Path) -> None:
 def test_every_person_and_video_moves_differently() -> None:
     recipe = Recipe(subjects=2, frames=30, size=64)
     places = [(0, 0), (0, 1), (1, 0)]
-    motions = [draw_video(recipe, *place)[2] for place in places]
+    motions = [draw_video(recipe, *place)[0] for place in places]
     for i in range(3):
         for j in range(i):
             assert np.abs(motions[i].strength - motions[j].strength).max() > 0.3
@@ -252,7 +255,7 @@ def test_the_tree_says_synthetic(tree: Path) -> None:
 
 
 def test_something_before_the_mouth_is_not_coded() -> None:
-    motions = [draw_video(Recipe(subjects=1, frames=60, seed=seed, size=64), 0, 0)[2] for seed in range(8)]
+    motions = [draw_video(Recipe(subjects=1, frames=60, seed=seed, size=64), 0, 0)[0] for seed in range(8)]
     covered = [motion for motion in motions if not np.isnan(motion.occluder).all()]
     assert covered and all(any(hidden_aus(place) for place in motion.occluder) for motion in covered)
     assert hidden_aus(np.array([np.nan, np.nan])) == () and hidden_aus(np.array([120.0, 40.0])) == ()
@@ -263,7 +266,7 @@ def test_disfa_tree(tmp_path: Path) -> None:
     root = synthesize(tmp_path / "disfa", Recipe(layout="disfa", subjects=2, videos=1, frames=30, size=96))
     videos = read_disfa(root)
     assert [len(video) for video in videos] == [30, 30] and videos[0].synthetic
-    motion = draw_video(Recipe(layout="disfa", subjects=2, videos=1, frames=30, size=96), 0, 0)[2]
+    motion = draw_video(Recipe(layout="disfa", subjects=2, videos=1, frames=30, size=96), 0, 0)[0]
     columns = [AUS.index(au) for au in AU_SETS["disfa"]]
     np.testing.assert_array_equal(videos[0].labels, motion.occurs[:, columns])
     assert load_image(videos[1].images[0]).shape == (96, 96, 3)
@@ -279,8 +282,11 @@ def test_workers_do_not_change_a_byte(tmp_path: Path) -> None:
 def test_nothing_appears_unless_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from aufast.data import synthetic
 
-    monkeypatch.setattr(synthetic, "write_landmarks", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(synthetic, "write_landmarks", full)
+    with pytest.raises(OSError, match=f"{tmp_path}/new: cannot be written: No space left on device"):
         synthesize(tmp_path / "new", Recipe(subjects=1, videos=1, frames=1, size=64))
     assert list(tmp_path.iterdir()) == []
 
