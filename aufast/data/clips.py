@@ -59,8 +59,9 @@ class Cropping:
             ValueError: a crop is larger than the face.
         """
         face = images.shape[-2]
-        if max(self.largest if generator else 0, self.size if generator is None else 0) > face:
-            raise ValueError(f"a crop of up to {max(self.largest, self.size)} pixels does not fit {face}")
+        widest = self.size if generator is None else self.largest
+        if widest > face:
+            raise ValueError(f"a crop of {widest} pixels does not fit a face of {face}")
         if generator is None:
             side, mirrored = self.size, False
             left = top = (face - side) // 2
@@ -68,15 +69,17 @@ class Cropping:
             side = int(generator.integers(self.smallest, self.largest + 1))
             left, top = generator.integers(0, face - side + 1, 2).tolist()
             mirrored = self.mirror and bool(generator.integers(2))
-        # Copied: the pixels are mapped from disk and not to be written to.
-        cut = torch.from_numpy(np.array(images[..., top : top + side, left : left + side, :], order="C"))
-        points = torch.from_numpy(np.array(landmarks, np.float32)) - torch.tensor([left, top])
-        if side != self.size:
-            cut = _resize(cut, self.size)
-            points = (points + 0.5) * (self.size / side) - 0.5  # pixel edges stay edges, not centres
+        # In NumPy: torch would start its threads for each of these small copies.
+        cut = images[..., top : top + side, left : left + side, :]
+        points = np.asarray(landmarks, np.float32) - np.array([left, top], np.float32)
         if mirrored:
-            cut, points = cut.flip(-2), mirror_landmarks(points, self.size)
-        return cut, points.float()
+            cut, points = cut[..., ::-1, :], mirror_landmarks(points, side)
+        # Copied, because the pixels are mapped from disk and not to be written to.
+        pixels = torch.from_numpy(np.array(cut, order="C"))
+        if side != self.size:
+            pixels = _resize(pixels, self.size)
+            points = (points + 0.5) * (self.size / side) - 0.5  # pixel edges stay edges, not centres
+        return pixels, torch.from_numpy(points)
 
 
 # MARGL trains on 192 of 200 "with common augmentation"; how much the crops may vary in size is not said.

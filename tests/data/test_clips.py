@@ -99,7 +99,7 @@ def test_resizing_moves_landmarks_with_the_pixels() -> None:
 def test_refuses_sides() -> None:
     with pytest.raises(ValueError, match="smallest <= largest"):
         Cropping(192, 200, 184)
-    with pytest.raises(ValueError, match="does not fit 100"):
+    with pytest.raises(ValueError, match="a crop of 176 pixels does not fit a face of 100"):
         AAR_CROPPING(np.zeros((100, 100, 3), np.uint8), np.zeros((49, 2)))
 
 
