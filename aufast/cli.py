@@ -1,4 +1,4 @@
-"""The command `aufast`: the first run on a photograph, and what can compute here."""
+"""The command `aufast`: the first run on a photograph, who can compute here, and data sets."""
 
 from __future__ import annotations
 
@@ -47,7 +47,39 @@ def _parser() -> argparse.ArgumentParser:
         "backends", help="say who can compute the operators here, and why others cannot"
     )
     state.set_defaults(run=_backends)
+
+    data = commands.add_parser("data", help="check, prepare or synthesize a data set")
+    _add_data_commands(data.add_subparsers(required=True, metavar="COMMAND"))
     return parser
+
+
+def _add_data_commands(commands: argparse._SubParsersAction) -> None:
+    check = commands.add_parser("check", help="say what a data set's folder holds and what is missing")
+    prepare = commands.add_parser("prepare", help="align and pack a data set's faces; a stopped run goes on")
+    for command in (check, prepare):
+        command.add_argument(
+            "root", metavar="ROOT", help="the data set's folder, or the JSON file of a table"
+        )
+        command.add_argument(
+            "--dataset", choices=("bp4d", "disfa", "affwild2", "table"), help="default: look"
+        )
+    prepare.add_argument("out", metavar="OUT", help="the packed folder")
+    prepare.add_argument("--landmarks", choices=("auto", "files", "dlib"), default="auto")
+    prepare.add_argument(
+        "--size", type=int, default=200, help="side of an aligned face (default: %(default)s)"
+    )
+    check.set_defaults(run=_data_check)
+    prepare.set_defaults(run=_data_prepare)
+
+    make = commands.add_parser("synthesize", help="draw SYNTHETIC faces in a data set's own layout")
+    make.add_argument("root", metavar="ROOT", help="a folder that does not exist yet, or is empty")
+    make.add_argument("--layout", choices=("bp4d", "disfa"), default="bp4d")
+    for name in ("subjects", "videos", "frames", "size", "seed"):
+        make.add_argument(f"--{name}", type=int)
+    make.add_argument("--no-occluders", dest="occluders", action="store_false")
+    make.set_defaults(run=_data_synthesize)
+    for command in (prepare, make):
+        command.add_argument("--workers", type=int, default=1, help="processes (default: %(default)s)")
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -59,6 +91,37 @@ def _demo(options: argparse.Namespace) -> int:
 def _backends(options: argparse.Namespace) -> int:
     for name, state in aufast.backends().items():
         print(f"{name:<10} {state}")
+    return 0
+
+
+def _data_check(options: argparse.Namespace) -> int:
+    from aufast.data import check_dataset
+
+    print(check_dataset(options.root, options.dataset).text())
+    return 0
+
+
+def _data_prepare(options: argparse.Namespace) -> int:
+    from aufast.data import prepare_dataset
+
+    summary = prepare_dataset(
+        options.root,
+        options.out,
+        dataset=options.dataset,
+        landmarks=options.landmarks,
+        size=options.size,
+        workers=options.workers,
+    )
+    print(summary.text())
+    return 0
+
+
+def _data_synthesize(options: argparse.Namespace) -> int:
+    from aufast.data import Recipe, synthesize
+
+    names = ("layout", "subjects", "videos", "frames", "size", "seed", "occluders")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    print(f"SYNTHETIC faces are in {synthesize(options.root, Recipe(**given), options.workers)}")
     return 0
 
 

@@ -149,3 +149,21 @@ def test_backends_lists_each_with_its_state(capsys):
     out = capsys.readouterr().out
     for name in ("reference", "cpu", "cuda", "triton"):
         assert re.search(rf"^{name} +(ready|off): \S", out, re.M)
+
+
+def test_data_is_synthesized_checked_and_prepared(tmp_path, capsys):
+    root, packed = tmp_path / "synthetic", tmp_path / "packed"
+    recipe = ["--subjects", "3", "--videos", "1", "--frames", "3", "--seed", "1"]
+    assert main(["data", "synthesize", str(root), *recipe]) == 0
+    assert main(["data", "check", str(root)]) == 0
+    assert main(["data", "prepare", str(root), str(packed)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("SYNTHETIC") and "9 synthetic frames of 3 videos" in out
+    from aufast.data import PackedDataset
+
+    assert sum(len(video) for video in PackedDataset(packed, verify=True).videos) == 9
+
+
+def test_data_that_is_not_there_is_named(tmp_path, capsys):
+    assert main(["data", "check", str(tmp_path / "nowhere")]) == 1
+    assert "nowhere" in capsys.readouterr().err

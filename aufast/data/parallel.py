@@ -65,7 +65,7 @@ def run_all(
 
     Raises:
         ValueError: workers is below 1.
-        RuntimeError: a process was ended from outside, for want of memory perhaps.
+        ChildProcessError: a process was ended from outside, for want of memory perhaps.
         Exception: the first that `function` raised; what is not begun yet is not begun.
     """
     if workers < 1:
@@ -86,7 +86,7 @@ def run_all(
                 yield future.result()
                 progress.update()
         except BrokenProcessPool as error:
-            raise RuntimeError(
+            raise ChildProcessError(
                 f"{what}: a process was ended from outside; was there too little memory?"
             ) from error
         finally:

@@ -24,5 +24,5 @@ def test_an_error_comes_through(workers: int) -> None:
 
 
 def test_a_lost_process_is_said() -> None:
-    with pytest.raises(RuntimeError, match="leaving: a process was ended from outside"):
+    with pytest.raises(ChildProcessError, match="leaving: a process was ended from outside"):
         list(run_all(os._exit, [1, 1], 2, "leaving"))
