@@ -28,9 +28,9 @@ def timed(provider: str, median: float, **facts) -> dict:
     return {"extra_info": info | facts, "stats": {"median": median, "iqr": 0.0, "rounds": 7}}
 
 
-def ceiling(name: str, median: float, **facts) -> dict:
+def ceiling(name: str, best: float, **facts) -> dict:
     info = {"ceiling": name, "unit": "AVX-512", **facts}
-    return {"extra_info": info, "stats": {"median": median, "iqr": 0.0, "rounds": 7}}
+    return {"extra_info": info, "stats": {"min": best, "median": 2 * best, "iqr": 0.0, "rounds": 7}}
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_low_precision_is_held_against_our_float32(raw: dict) -> None:
 @pytest.mark.parametrize(("seconds", "share"), [(0.01, "5% FMA"), (0.1, "10% FMA")], ids=["faster", "slower"])
 def test_low_precision_is_held_against_the_faster_unit(raw: dict, seconds: float, share: str) -> None:
     low = next(b for b in raw["benchmarks"] if b["extra_info"].get("ceiling") == "fma bfloat16")
-    low["stats"]["median"] = seconds  # 1000 or 100 GFLOP/s, beside 500 in float32; the run does 50
+    low["stats"]["min"] = seconds  # 1000 or 100 GFLOP/s, beside 500 in float32; the run does 50
     assert share in line(table.render(table.condense(raw)), "bfloat16", "10.0×")
 
 
