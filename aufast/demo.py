@@ -223,7 +223,7 @@ def compare_operators() -> None:
             ),
         ),
     }
-    chosen = {name: choose(name, arguments[0], None) for name, (_, arguments) in cases.items()}
+    chosen = {name: choose(name, arguments[0], "auto") for name, (_, arguments) in cases.items()}
     for name, (size, arguments) in cases.items():
         operator = getattr(ops, name)
         with torch.inference_mode(), _progress(f"timing {name}"):
