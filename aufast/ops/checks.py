@@ -76,6 +76,7 @@ def output_size(operator: str, name: str, value: object) -> tuple[int, int]:
 
 
 NORMALIZATIONS = {"global": 0, "softmax": 1}
+NORMALIZATION_NAMES = {code: name for name, code in NORMALIZATIONS.items()}
 
 
 def normalization_code(operator: str, normalization: str) -> int:

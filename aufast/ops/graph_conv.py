@@ -11,10 +11,8 @@ from torch._ops import OpOverload
 from aufast import reference
 from aufast.ops.autocast import cast_products
 from aufast.ops.backends import choose
-from aufast.ops.checks import NORMALIZATIONS, Shapes, normalization_code
+from aufast.ops.checks import NORMALIZATION_NAMES, NORMALIZATIONS, Shapes, normalization_code
 from aufast.ops.registration import dense, fresh, needs_mask, operator, register, unwanted, vector_jacobian
-
-_NAMES = {code: name for name, code in NORMALIZATIONS.items()}
 
 
 def graph_conv(
@@ -74,7 +72,7 @@ def _check(x: Tensor, U: Tensor, Q: Tensor | None, W: Tensor, bias: Tensor | Non
 def _fallback(
     x: Tensor, U: Tensor, Q: Tensor | None, W: Tensor, bias: Tensor | None, normalization: int
 ) -> Tensor:
-    return fresh(reference.graph_conv(x, U, Q, W, bias, normalization=_NAMES[normalization]))
+    return fresh(reference.graph_conv(x, U, Q, W, bias, normalization=NORMALIZATION_NAMES[normalization]))
 
 
 def _fake(
@@ -87,7 +85,7 @@ def _vector_jacobian(
     grad: Tensor, inputs: tuple[Tensor | None, ...], normalization: int, needs: int
 ) -> list[Tensor | None]:
     def definition(*inputs: Tensor | None) -> tuple[Tensor]:
-        return (reference.graph_conv(*inputs, normalization=_NAMES[normalization]),)
+        return (reference.graph_conv(*inputs, normalization=NORMALIZATION_NAMES[normalization]),)
 
     return vector_jacobian(definition, inputs, (grad,), needs)
 

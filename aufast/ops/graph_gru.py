@@ -11,10 +11,15 @@ from torch._ops import OpOverload
 from aufast import reference
 from aufast.ops.autocast import cast_products, keep_float
 from aufast.ops.backends import choose
-from aufast.ops.checks import NORMALIZATIONS, Shapes, accumulation_dtype, normalization_code
+from aufast.ops.checks import (
+    NORMALIZATION_NAMES,
+    NORMALIZATIONS,
+    Shapes,
+    accumulation_dtype,
+    normalization_code,
+)
 from aufast.ops.registration import dense, fresh, needs_mask, operator, register, unwanted, vector_jacobian
 
-_NAMES = {code: name for name, code in NORMALIZATIONS.items()}
 # The differentiable inputs, in the operator's order: x, U, Q, W_z, W_r, W_h, h0, b_z, b_r, b_h.
 _GRADIENTS = 10
 
@@ -134,7 +139,16 @@ def _definition(lengths: Tensor | None, normalization: int):
     def definition(x, U, Q, W_z, W_r, W_h, h0, b_z, b_r, b_h) -> tuple[Tensor, Tensor]:
         biases = None if b_z is None else (b_z, b_r, b_h)
         return reference.graph_gru(
-            x, U, Q, W_z, W_r, W_h, h0, biases=biases, lengths=lengths, normalization=_NAMES[normalization]
+            x,
+            U,
+            Q,
+            W_z,
+            W_r,
+            W_h,
+            h0,
+            biases=biases,
+            lengths=lengths,
+            normalization=NORMALIZATION_NAMES[normalization],
         )
 
     return definition
