@@ -478,7 +478,7 @@ if __name__ == "__main__":
     setuptools.setup(
         packages=[*setuptools.find_packages(include=["aufast", "aufast.*"]), "aufast.kernels"],
         package_dir={"aufast.kernels": "kernels"},
-        package_data={"aufast": ["py.typed"]},
+        package_data={"aufast": ["py.typed"], "aufast.train": ["published.json"]},
         distclass=CompiledDistribution,
         cmdclass={"build_ext": BuildKernels, "bdist_wheel": Wheel},
     )

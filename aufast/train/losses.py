@@ -5,6 +5,10 @@ The papers write them on probabilities. On logits, ``log p`` is ``logsigmoid(x)`
 the mean over the frames in which that AU is coded. Without missing labels that is exactly the paper's
 formula, and an AU coded in no frame of the batch adds 0. Half precision, also under autocast, is widened to
 float32 first.
+
+A step may see its batch in parts, over processes or one after another. A mean of the parts' means would weigh a
+label by how many others its part happens to hold. So each loss takes the counts to divide by: with those of the
+whole batch, the parts' losses, and their gradients, add up to the whole batch's.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ def margl_loss(
     labels: Tensor,
     weights: Tensor,
     mask: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> Tensor:
     """MARGL's loss: weighted cross entropy of the global and of each regional prediction, MARGL eq. (6).
 
@@ -37,6 +42,7 @@ def margl_loss(
         labels: (B, m) occurrence, 0 or 1 where coded.
         weights: (m,) w of `class_weights` with kind "margl"; ones for no weighting.
         mask: (B, m) bool, True where the AU is coded; None when every label is.
+        counts: (m,) coded frames of the whole batch, where this is a part of one; None counts them here.
 
     Returns:
         scalar, float32, or float64 for float64 logits.
@@ -54,12 +60,17 @@ def margl_loss(
     occurs, coded = _check_targets(global_logits, labels, mask)
     w = _check_weight(weights, "weights", global_logits)
     v = torch.ones_like(w)
-    losses = [_weighted_bce(logits, occurs, coded, w, v) for logits in (global_logits, *level_logits)]
+    frames = _check_counts(counts, coded)
+    losses = [_weighted_bce(logits, occurs, coded, w, v, frames) for logits in (global_logits, *level_logits)]
     return torch.stack(losses).sum() / len(w)
 
 
 def occurrence_loss(
-    logits: Tensor, labels: Tensor, weights: AARWeights, mask: Tensor | None = None
+    logits: Tensor,
+    labels: Tensor,
+    weights: AARWeights,
+    mask: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> Tensor:
     """AAR's occurrence loss Lu, of frame logits eq. (4) and of spatio-temporal logits eq. (14).
 
@@ -70,6 +81,7 @@ def occurrence_loss(
         labels: (..., m) occurrence, 0 or 1 where coded.
         weights: `class_weights` with kind "aar", or `AARWeights.uniform` for the variant ``b-net``.
         mask: (..., m) bool, True where the AU is coded and the frame is no padding; None when all are.
+        counts: (m,) coded frames of the whole batch, where this is a part of one; None counts them here.
 
     Returns:
         scalar, float32, or float64 for float64 logits.
@@ -83,16 +95,19 @@ def occurrence_loss(
         raise TypeError(f"weights must be AARWeights, got {type(weights).__name__}")
     occurs, coded = _check_targets(logits, labels, mask)
     w, v = _check_weight(weights.w, "weights.w", logits), _check_weight(weights.v, "weights.v", logits)
-    return _weighted_bce(logits, occurs, coded, w, v)
+    return _weighted_bce(logits, occurs, coded, w, v, _check_counts(counts, coded))
 
 
-def attention_loss(attention: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
+def attention_loss(
+    attention: Tensor, targets: Tensor, mask: Tensor | None = None, count: Tensor | None = None
+) -> Tensor:
     """Attention regression loss La, the mean squared difference to the predefined maps, AAR eq. (3).
 
     Args:
         attention: (..., m, H, W) floating, learned maps in [0, 1].
         targets: (..., m, H, W) floating, predefined maps of eq. (1) and (2).
         mask: (..., m) bool, False for maps to leave out (padding, no landmarks); None to count all.
+        count: scalar, the maps of the whole batch, where this is a part of one; None counts them here.
 
     Returns:
         scalar, float32, or float64 for float64 maps; 0 when no map counts.
@@ -110,12 +125,14 @@ def attention_loss(attention: Tensor, targets: Tensor, mask: Tensor | None = Non
     if attention.device != targets.device:
         raise ValueError(f"targets is on {targets.device}, expected {attention.device}")
     difference = _widen(attention) - _widen(targets)
-    if mask is None:
-        return difference.square().sum() / max(difference.numel(), 1)
-    check_mask(mask, attention.shape[:-2], attention.device)
-    # Replaced before the square, so that padding (NaN too) has an exactly zero gradient.
-    difference = torch.where(mask[..., None, None], difference, 0)
-    return difference.square().sum() / (mask.sum() * attention.shape[-2:].numel()).clamp(min=1)
+    if mask is not None:
+        check_mask(mask, attention.shape[:-2], attention.device)
+        # Replaced before the square, so that padding (NaN too) has an exactly zero gradient.
+        difference = torch.where(mask[..., None, None], difference, 0)
+    if count is None:
+        count = attention.shape[:-2].numel() if mask is None else mask.sum()
+    count = torch.as_tensor(count, device=attention.device)
+    return difference.square().sum() / (count * attention.shape[-2:].numel()).clamp(min=1)
 
 
 def attention_network_loss(
@@ -127,6 +144,8 @@ def attention_network_loss(
     mask: Tensor | None = None,
     attention_mask: Tensor | None = None,
     attention_weight: float = 2.0,
+    counts: Tensor | None = None,
+    attention_count: Tensor | None = None,
 ) -> Tensor:
     """Full loss of AAR's adaptive attention regression network, ``L_AA = Lu⁽⁰⁾ + λa La``, AAR eq. (6).
 
@@ -140,6 +159,8 @@ def attention_network_loss(
         attention_mask: (..., m) bool, True for maps that count; None for all. It is not ``mask``: a frame
             without a label still has landmarks.
         attention_weight: λa.
+        counts: (m,) coded frames of the whole batch, where this is a part of one; None counts them here.
+        attention_count: scalar, the maps of the whole batch, likewise.
 
     Returns:
         scalar, float32, or float64 for float64 input.
@@ -148,23 +169,24 @@ def attention_network_loss(
         TypeError: an argument is of the wrong type.
         ValueError: a shape or device does not fit, or an unmasked label is neither 0 nor 1.
     """
-    occurrence = occurrence_loss(frame_logits, labels, weights, mask)
-    regression = attention_loss(attention, targets, attention_mask)
+    occurrence = occurrence_loss(frame_logits, labels, weights, mask, counts)
+    regression = attention_loss(attention, targets, attention_mask, attention_count)
     if attention.shape[:-2] != frame_logits.shape:
         expected = f"frame_logits' {tuple(frame_logits.shape)} and then H, W"
         raise ValueError(f"attention has shape {tuple(attention.shape)}, expected {expected}")
     return occurrence + attention_weight * regression
 
 
-def _weighted_bce(logits: Tensor, occurs: Tensor, coded: Tensor, w: Tensor, v: Tensor) -> Tensor:
-    """``Σ_j w_j`` times the mean over coded frames of ``-[v_j y log p + (1 - y) log(1 - p)]``, a scalar."""
+def _weighted_bce(
+    logits: Tensor, occurs: Tensor, coded: Tensor, w: Tensor, v: Tensor, frames: Tensor
+) -> Tensor:
+    """``Σ_j w_j / n_j`` times the sum over coded frames of ``-[v_j y log p + (1 - y) log(1 - p)]``."""
     # Masked logits are replaced before the logarithm, so that padding (NaN too) has an exactly zero gradient.
     logits = torch.where(coded, _widen(logits), 0)
     # y is 0 or 1, so one of the two terms vanishes: choose the other, rather than multiply 0 by infinity.
     log_p = F.logsigmoid(torch.where(occurs, logits, -logits))  # (..., m), of the true class
     log_likelihood = torch.where(occurs, v, 1) * log_p
     total = torch.where(coded, log_likelihood, 0).reshape(-1, len(w)).sum(0)  # (m,)
-    frames = coded.reshape(-1, len(w)).sum(0)  # (m,)
     return -(w * total / frames.clamp(min=1)).sum()
 
 
@@ -191,6 +213,17 @@ def _check_targets(logits: Tensor, labels: Tensor, mask: Tensor | None) -> tuple
     if isinstance(labels, Tensor) and labels.device != logits.device:
         raise ValueError(f"labels is on {labels.device}, expected the logits' {logits.device}")
     return check_labels(labels, mask, logits.shape)
+
+
+def _check_counts(counts: Tensor | None, coded: Tensor) -> Tensor:
+    """The (m,) numbers of frames to average over: those coded here, unless given."""
+    here = coded.reshape(-1, coded.shape[-1]).sum(0)  # (m,)
+    if counts is None:
+        return here
+    if not isinstance(counts, Tensor) or counts.shape != here.shape:
+        found = tuple(counts.shape) if isinstance(counts, Tensor) else _kind(counts)
+        raise ValueError(f"counts must be a tensor ({len(here)},), got {found}")
+    return counts.to(here.device)
 
 
 def _check_weight(weight: Tensor, name: str, logits: Tensor) -> Tensor:

@@ -302,3 +302,29 @@ LOGITS, LABELS, MAPS = torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(1, 3, 4
 def test_bad_input_is_named(error, message, call):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_losses_of_parts_add_up_to_the_batch(batch):
+    """With the whole batch's counts, whatever the parts hold; a mean of the parts' means would not."""
+    logits, labels, mask, w, v = batch
+    weights = AARWeights(w, v)
+    attention, targets = torch.rand(2, 7, 4, 3, 3, dtype=torch.float64)
+    parts, counts = (slice(0, 2), slice(2, 7)), mask.sum(0)
+    whole = margl_loss(logits[1:], logits[0], labels, w, mask)
+    summed = sum(margl_loss(logits[1:, p], logits[0, p], labels[p], w, mask[p], counts) for p in parts)
+    torch.testing.assert_close(summed, whole)
+    means = sum(margl_loss(logits[1:, p], logits[0, p], labels[p], w, mask[p]) for p in parts) / 2
+    assert abs(means - whole) > 1e-3
+    whole = attention_network_loss(logits[0], attention, targets, labels, weights, mask, mask)
+    pieces = [[x[p] for x in (logits[0], attention, targets, labels, mask)] for p in parts]
+    summed = sum(
+        attention_network_loss(x, a, t, y, weights, k, k, counts=counts, attention_count=mask.sum())
+        for x, a, t, y, k in pieces
+    )
+    torch.testing.assert_close(summed, whole)
+
+
+def test_counts_of_another_length_are_refused(batch):
+    logits, labels, mask, w, v = batch
+    with pytest.raises(ValueError, match=r"counts must be a tensor \(4,\), got \(3,\)"):
+        occurrence_loss(logits[0], labels, AARWeights(w, v), mask, torch.ones(3))
