@@ -6,13 +6,10 @@ videos and a hidden folder; the next run keeps the former, removes the latter an
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,13 +18,15 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from aufast.data.check import read_dataset
+from aufast.data.files import locked, sync_folder, write_whole, writing
 from aufast.data.frames import iterate_frames
 from aufast.data.packed import FORMAT_VERSION, INDEX, SUMS, VIDEO, VIDEOS, file_sum, read_json
 from aufast.data.parallel import run_all
 from aufast.data.records import Video, some
 from aufast.faces import FaceDetector, align_face
 
-LOCK, SETTINGS = ".lock", "settings.json"
+SETTINGS = "settings.json"
+_KEPT = "videos that are whole are kept, and the same command goes on"
 Source = Literal["auto", "files", "dlib"]
 
 
@@ -101,7 +100,9 @@ def prepare_dataset(
     if landmarks == "files" and (without := [v.name for v in videos if v.landmarks is None]):
         raise ValueError(f"{root}: no landmark file for {without[0]} ({len(without)} videos in all)")
     out = Path(out)
-    with _writing(out), _locked(out):
+    with writing(out, _KEPT):
+        (out / VIDEOS).mkdir(parents=True, exist_ok=True)
+    with writing(out, _KEPT), locked(out, "preparing"):
         settings = {
             "format_version": FORMAT_VERSION,
             "dataset": videos[0].dataset,
@@ -129,8 +130,8 @@ def prepare_dataset(
             for entry in ordered
             for name, value in entry["sums"].items()
         ]
-        _write_whole(out / SUMS, "".join(lines).encode())
-        _write_whole(out / INDEX, _json({**settings, "videos": ordered}))
+        write_whole(out / SUMS, "".join(lines).encode())
+        write_whole(out / INDEX, _json({**settings, "videos": ordered}))
     return _summary(out, videos, ordered, kept)
 
 
@@ -192,14 +193,14 @@ def _pack(job: _Job) -> dict[str, Any]:
     """Align one video into a hidden folder and give it its name."""
     video = job.video
     temporary = job.folder.with_name(f".{job.folder.name}.{os.getpid()}")
-    with _writing(job.folder):
+    with writing(job.folder, _KEPT):
         temporary.mkdir()
         try:
             entry = _fill(job, temporary)
-            _write_whole(temporary / VIDEO, _json(entry))
-            _sync(temporary)
+            write_whole(temporary / VIDEO, _json(entry))
+            sync_folder(temporary)
             os.replace(temporary, job.folder)
-            _sync(job.folder.parent)
+            sync_folder(job.folder.parent)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -282,61 +283,16 @@ def _find_landmarks(image: np.ndarray) -> np.ndarray | None:
 # ---- files ---------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Keep a second writer out. The lock ends with the process, however it ends."""
-    (out / VIDEOS).mkdir(parents=True, exist_ok=True)
-    with open(out / LOCK, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"{out}: another process is preparing it") from error
-        yield
-
-
-@contextlib.contextmanager
-def _writing(place: Path) -> Iterator[None]:
-    """Say what could not be written, and that nothing whole is lost."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:
-            raise
-        reason = f"{place}: cannot be written: {error.strerror}"
-        raise OSError(f"{reason}; videos that are whole are kept, and the same command goes on") from error
-
-
 def _keep_settings(out: Path, settings: dict[str, Any]) -> None:
     path = out / SETTINGS
     if not path.exists():
-        _write_whole(path, _json(settings))
+        write_whole(path, _json(settings))
     before = read_json(path, "")
     if different := [key for key, value in settings.items() if before.get(key) != value]:
         key = different[0]
         raise ValueError(
             f"{out}: was prepared with {key} {before.get(key)}, not {settings[key]}; use a new folder"
         )
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync(folder: Path) -> None:
-    """Have the names in a folder on disk too."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _json(value: object) -> bytes:

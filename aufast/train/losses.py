@@ -6,9 +6,9 @@ the mean over the frames in which that AU is coded. Without missing labels that 
 formula, and an AU coded in no frame of the batch adds 0. Half precision, also under autocast, is widened to
 float32 first.
 
-A step may see its batch in parts, over processes or one after another. A mean of the parts' means would weigh a
-label by how many others its part happens to hold. So each loss takes the counts to divide by: with those of the
-whole batch, the parts' losses, and their gradients, add up to the whole batch's.
+A step may see its batch in parts, over processes or one after another. A mean of the parts' means would
+weigh a label by how many others its part happens to hold. So each loss takes the counts to divide by: with
+those of the whole batch, the parts' losses, and their gradients, add up to the whole batch's.
 """
 
 from __future__ import annotations
