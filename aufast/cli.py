@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 
@@ -48,9 +49,57 @@ def _parser() -> argparse.ArgumentParser:
     )
     state.set_defaults(run=_backends)
 
+    _add_label_command(commands)
+
     data = commands.add_parser("data", help="check, prepare or synthesize a data set")
     _add_data_commands(data.add_subparsers(required=True, metavar="COMMAND"))
     return parser
+
+
+def _add_label_command(commands: argparse._SubParsersAction) -> None:
+    label = commands.add_parser(
+        "label",
+        help="label images and videos with a model; a stopped run goes on",
+        epilog="Exit status: 0 if every input was labelled whole, 3 if some were not, 1 if the run could not "
+        "go on.",
+    )
+    label.add_argument("paths", nargs="*", metavar="PATH", help="images, videos, and folders of them")
+    label.add_argument("--manifest", metavar="FILE", help="a text file with a path on each line")
+    label.add_argument("--model", metavar="DIR", required=True, help="a folder saved by save_pretrained")
+    label.add_argument("--out", metavar="DIR", required=True, help="where tables and sidecars go")
+    label.add_argument("--shard", metavar="I/N", default="0/1", help="label the I-th of N parts, from 0")
+    label.add_argument(
+        "--format",
+        dest="formats",
+        action="append",
+        choices=("openface", "pyfeat", "elan", "parquet"),
+        help="of the table, more than once for several (default: openface)",
+    )
+    label.add_argument(
+        "--overlay", action="store_true", help="also write pictures or videos with what is seen"
+    )
+    label.add_argument(
+        "--pseudo-intensity", action="store_true", help="also AUnn_r, five times the probability"
+    )
+    label.add_argument("--faces", metavar="DIR", help="STEM.csv files with boxes or landmarks of the inputs")
+    label.add_argument("--one-based", action="store_true", help="coordinates in them count from 1")
+    label.add_argument("--landmarks", metavar="FILE", help="dlib's 68-point model")
+    label.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: auto")
+    for name, kind, what in (
+        ("threshold", float, "an AU is present from this probability on (default: 0.5)"),
+        ("detect-every", int, "detect in every K-th frame, follow faces between (default: 1)"),
+        ("upsample", int, "double the image this often to find smaller faces (default: 0)"),
+        ("face-threshold", float, "lowest score that counts as a face (default: 0.2)"),
+        ("min-duration", float, "shortest ELAN segment in seconds (default: 0)"),
+        ("max-gap", float, "longest pause that an ELAN segment bridges, in seconds (default: 0)"),
+        ("batch", int, "faces a call of the model (default: 16)"),
+        ("workers", int, "detection threads (default: 2)"),
+        ("timeout", float, "seconds an input may take (default: no limit)"),
+        ("memory", int, "bytes that decoding may take (default: 4 GiB)"),
+        ("max-pixels", int, "larger frames are refused (default: 80 million)"),
+    ):
+        label.add_argument(f"--{name}", type=kind, metavar="X" if kind is float else "N", help=what)
+    label.set_defaults(run=_label)
 
 
 def _add_data_commands(commands: argparse._SubParsersAction) -> None:
@@ -92,6 +141,28 @@ def _backends(options: argparse.Namespace) -> int:
     for name, state in aufast.backends().items():
         print(f"{name:<10} {state}")
     return 0
+
+
+def _label(options: argparse.Namespace) -> int:
+    from aufast.label import FINE, LabelConfig, label_files
+
+    index, slash, count = options.shard.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal()):
+        raise ValueError(f"--shard must be I/N, such as 0/4, got {options.shard!r}")
+    paths = list(options.paths)
+    if options.manifest is not None:
+        with open(options.manifest, encoding="utf-8", errors="surrogateescape") as file:
+            paths += [line.rstrip("\r\n") for line in file if line.strip()]
+    given = {
+        field.name: value
+        for field in dataclasses.fields(LabelConfig)
+        if (value := getattr(options, field.name, None)) is not None
+    }
+    if options.formats:
+        given["formats"] = tuple(options.formats)
+    summary = label_files(paths, options.out, LabelConfig(**given), (int(index), int(count)))
+    print(summary.text())
+    return 0 if all(status in FINE for status in summary.inputs) else 3
 
 
 def _data_check(options: argparse.Namespace) -> int:

@@ -11,8 +11,8 @@ from aufast.data.records import Video
 from aufast.faces import load_image
 
 # FFmpeg also opens playlists, which name other files and addresses: only films, and only from this disk.
-_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,asf,flv"
-_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
+VIDEO_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,asf,flv"
+_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": VIDEO_FORMATS}
 
 
 def iterate_frames(video: Video) -> Iterator[np.ndarray | ValueError]:

@@ -12,12 +12,14 @@ from aufast.faces.detector import (
 )
 from aufast.faces.images import load_image
 from aufast.faces.landmarks import MIRROR_49, landmarks_49, mirror_landmarks
+from aufast.faces.tracker import FaceTracker
 
 __all__ = [
     "MIRROR_49",
     "AlignedFace",
     "Face",
     "FaceDetector",
+    "FaceTracker",
     "Landmarker",
     "align_face",
     "attention_targets",

@@ -246,6 +246,13 @@ def _area(box: Sequence[float]) -> float:
     return (box[2] - box[0]) * (box[3] - box[1])
 
 
+def is_visible(box: Sequence[float], image_shape: tuple[int, int]) -> bool:
+    """Whether a quarter of a box or more lies in an image of shape (H, W)."""
+    height, width = image_shape
+    seen = (max(box[0], 0), max(box[1], 0), min(box[2], width), min(box[3], height))
+    return seen[0] < seen[2] and seen[1] < seen[3] and _area(seen) >= MIN_VISIBLE * _area(box)
+
+
 def _check_box(box: Sequence[float], image_shape: tuple[int, int]) -> tuple[int, int, int, int]:
     """A user's box in whole pixels. dlib takes any box and returns numbers without meaning."""
     try:
@@ -256,9 +263,7 @@ def _check_box(box: Sequence[float], image_shape: tuple[int, int]) -> tuple[int,
         raise ValueError(f"box must be finite, got {box!r}")
     if x2 - x1 < 1 or y2 - y1 < 1:
         raise ValueError(f"box must have x1 < x2 and y1 < y2, a pixel or more apart, got {box!r}")
-    height, width = image_shape
-    visible = (max(x1, 0), max(y1, 0), min(x2, width), min(y2, height))
-    is_visible = visible[0] < visible[2] and visible[1] < visible[3]
-    if not is_visible or _area(visible) < MIN_VISIBLE * _area((x1, y1, x2, y2)):
+    if not is_visible((x1, y1, x2, y2), image_shape):
+        height, width = image_shape
         raise ValueError(f"box {box!r} lies outside the image of {width} x {height} pixels, or mostly so")
     return round(x1), round(y1), round(x2), round(y2)

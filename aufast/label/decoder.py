@@ -1,0 +1,230 @@
+"""The process that decodes one video, so that a broken file ends it and not the program.
+
+`python -I decoder.py OPTIONS` reads the file from standard input and writes to standard output: for each
+frame a line of JSON and the frame's RGB bytes; at the end a line that says what was found. It imports nothing
+of aufast, so it starts in a fraction of a second. Its parent reads it through `aufast.label.video`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+
+SLACK = 0.25  # seconds by which a container's stated end may lie after its last packet
+UNSHOWN = ("vp8", "vp9", "av1")  # codecs with frames that only serve to predict others
+LOGGED = 5  # messages of FFmpeg that are passed on
+
+
+def main() -> None:
+    options = json.loads(sys.argv[1])
+    sys.path[:] = options["path"]
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    resource.setrlimit(resource.RLIMIT_AS, (options["memory"], options["memory"]))
+    try:
+        end = _decode(out, options)
+    except MemoryError:
+        end = {"status": "oom", "sentence": "decoding it takes more memory than is allowed"}
+    except BrokenPipeError:
+        return  # nobody reads any more
+    _send(out, {"kind": "end", **end})
+    out.flush()
+
+
+def _send(out, header: dict, data: bytes | memoryview = b"") -> None:
+    out.write(json.dumps(header).encode() + b"\n")
+    out.write(data)
+
+
+def _refuse(status: str, sentence: str) -> dict:
+    return {"status": status, "sentence": sentence}
+
+
+def _decode(out, options: dict) -> dict:
+    import av
+
+    av.logging.set_level(av.logging.ERROR)
+    with av.logging.Capture(local=False) as logs:
+        try:
+            # By descriptor: any file name can be opened, and none is taken for an address.
+            container = av.open(
+                "/dev/fd/0",
+                options={"protocol_whitelist": "file", "format_whitelist": options["formats"]},
+            )
+        except MemoryError:
+            raise
+        except (OSError, ValueError) as error:
+            if getattr(error, "errno", None) == 12:
+                raise MemoryError from error
+            return _refuse("undecodable", f"cannot be opened as a video: {_reason(error)}")
+        with container:
+            stream, warnings = _choose(container)
+            if stream is None:
+                return _refuse("undecodable", "holds no video")
+            end = _frames(out, container, stream, options["max_pixels"])
+    end.setdefault("warnings", [])[:0] = warnings
+    end["messages"] = list(dict.fromkeys(f"{name}: {text.strip()}" for _, name, text in logs))[:LOGGED]
+    return end
+
+
+def _reason(error: Exception) -> str:
+    """FFmpeg's words without PyAV's path and number."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def _choose(container):
+    """The best stream that is no cover picture, and what there is to say about the choice."""
+    from av.stream import Disposition
+
+    films = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    if not films:
+        return None, []
+    best = container.streams.best("video")
+    stream = best if best in films else films[0]
+    warnings = []
+    if len(films) > 1:
+        warnings.append(f"holds {len(films)} video streams; the one of index {stream.index} is labelled")
+    return stream, warnings
+
+
+class _Counts:
+    """What was seen of the stream."""
+
+    def __init__(self) -> None:
+        self.packets = self.decoded = self.failed = self.damaged = 0
+        self.untimed = self.backward = self.resized = 0
+        self.reached = 0.0  # seconds: end of the furthest packet of any stream
+        self.last: float | None = None
+        self.size: tuple[int, int] | None = None
+
+    def frame(self, frame, when: float | None) -> None:
+        self.damaged += bool(frame.is_corrupt)
+        self.untimed += when is None
+        self.backward += when is not None and self.last is not None and when <= self.last
+        self.last = self.last if when is None else when
+        size = (frame.width, frame.height)
+        self.resized += self.size not in (None, size)
+        self.size = size
+        self.decoded += 1
+
+
+def _frames(out, container, stream, max_pixels: int) -> dict:
+    codec = stream.codec_context
+    width, height = codec.width, codec.height
+    if width * height > max_pixels:
+        return _refuse("too_large", f"its frames of {width} x {height} pixels are more than {max_pixels}")
+    codec.options = {"max_pixels": str(max_pixels)}
+    counts, broken, started, waiting = _Counts(), None, time.perf_counter(), 0.0
+    fps = float(stream.average_rate or stream.guessed_rate or 25)
+    packets = container.demux([s for s in container.streams if s.type in ("video", "audio")])
+    info = _facts(stream, container)
+    while True:
+        try:
+            packet = next(packets)
+        except StopIteration:
+            break
+        except (OSError, ValueError) as error:
+            if getattr(error, "errno", None) == 12:
+                raise MemoryError from error
+            broken = _reason(error)
+            break
+        if packet.pts is not None:
+            end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
+            counts.reached = max(counts.reached, end)
+        if packet.stream is not stream:
+            continue
+        counts.packets += packet.size > 0
+        for frame in _pictures(lambda: packet.decode(), counts):  # noqa: B023
+            waiting += _emit(out, frame, stream, counts, info)
+    if broken is not None:
+        for frame in _pictures(lambda: codec.decode(None), counts):
+            waiting += _emit(out, frame, stream, counts, info)
+    if not counts.decoded:
+        what = "frames that can be decoded" if counts.failed or broken else "frames"
+        return _refuse("undecodable", f"holds no {what}" + (f": {broken}" if broken else ""))
+    return _finding(counts, broken, stream, container, info, fps, time.perf_counter() - started - waiting)
+
+
+def _pictures(decode, counts: _Counts):
+    """Decoded frames; a packet that cannot be decoded counts as a frame that failed."""
+    try:
+        yield from decode()
+    except MemoryError:
+        raise
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) == 12:
+            raise MemoryError from error
+        counts.failed += 1
+
+
+def _emit(out, frame, stream, counts: _Counts, info: dict) -> float:
+    """Send a frame, upright; returns the seconds waited for the reader."""
+    import numpy as np
+
+    when = None if frame.pts is None else float(frame.pts * (frame.time_base or stream.time_base))
+    counts.frame(frame, when)
+    info.setdefault("rotation", int(frame.rotation))
+    image = frame.to_ndarray(format="rgb24")  # (H, W, 3)
+    if frame.rotation % 90 == 0:
+        image = np.rot90(image, round(frame.rotation / 90))
+    image = np.ascontiguousarray(image)
+    height, width = image.shape[:2]
+    start = time.perf_counter()
+    _send(out, {"kind": "frame", "time": when, "height": height, "width": width}, image.data)
+    return time.perf_counter() - start
+
+
+def _facts(stream, container) -> dict:
+    rate, base = stream.average_rate, stream.time_base
+    return {
+        "codec": stream.codec_context.name,
+        "container": container.format.name,
+        "pixel_format": stream.codec_context.pix_fmt,
+        "time_base": None if base is None else f"{base.numerator}/{base.denominator}",
+        "container_rate": None if rate is None else float(rate),
+    }
+
+
+def _finding(counts: _Counts, broken, stream, container, info: dict, fps: float, seconds: float) -> dict:
+    """Whether anything is missing, in sentences."""
+    lost, warnings = [], []
+    expected = stream.frames or None
+    if broken is not None:
+        lost.append(f"reading broke off: {broken}")
+    if counts.failed:
+        lost.append(f"{counts.failed} packets could not be decoded")
+    if counts.damaged:
+        lost.append(f"{counts.damaged} frames are damaged")
+    if expected is not None and counts.decoded + counts.failed < expected:
+        lost.append(f"the file announces {expected} frames and gives {counts.decoded}")
+    if container.duration is not None:
+        stated = (container.duration + (container.start_time or 0)) / 1e6
+        if counts.reached < stated - max(SLACK, 2 / fps):
+            lost.append(f"it ends at {counts.reached:.2f} s of the {stated:.2f} s that it announces")
+    if (silent := counts.packets - counts.decoded - counts.failed) > 0 and info["codec"] not in UNSHOWN:
+        warnings.append(f"{silent} packets give no frame")
+    if counts.untimed:
+        warnings.append(f"{counts.untimed} frames have no time stamp; their timestamp is left empty")
+    if counts.backward:
+        warnings.append(f"{counts.backward} time stamps do not lie after the one before")
+    if counts.resized:
+        warnings.append(f"the size of the frames changes {counts.resized} times")
+    if info.get("rotation", 0) % 90:
+        warnings.append(f"a rotation by {info['rotation']} degrees is not applied")
+    return {
+        "status": "partial" if lost else "ok",
+        "sentence": "; ".join(lost),
+        "expected": expected,
+        "decoded": counts.decoded,
+        "failed": counts.failed,
+        "warnings": warnings,
+        "video": info,
+        "seconds": seconds,
+    }
+
+
+if __name__ == "__main__":
+    main()

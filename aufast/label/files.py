@@ -1,0 +1,195 @@
+"""What a run reads and writes: inputs by content, outputs that are whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import socket
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from aufast.data.files import sync_folder
+from aufast.faces.images import FORMATS
+from aufast.label.config import InputError
+from aufast.label.video import open_regular
+
+IMAGE_SUFFIXES = frozenset(
+    ".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pgm .png .pnm .ppm .tif .tiff .webp".split()
+)
+VIDEO_SUFFIXES = frozenset(
+    ".3gp .asf .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ts .webm .wmv".split()
+)
+
+
+class OutputError(OSError):
+    """A result cannot be written: the run cannot go on."""
+
+
+@contextlib.contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Turn what goes wrong with an output into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OutputError(
+            f"{what} cannot be written: {reason}; finished files are whole, and the same command goes on"
+        ) from error
+
+
+# ---- inputs ----------------------------------------------------------------------------------------
+
+
+def find_inputs(paths: Iterable[str], out: Path) -> tuple[list[str], int]:
+    """Files to label, sorted, each once, and how many other files the folders hold.
+
+    A file that is named is taken whatever it is; in folders, and theirs, files are taken by their ending.
+    Hidden ones and the output folder are left alone.
+    """
+    found, others = set(), 0
+    for path in paths:
+        if not os.path.isdir(path):
+            found.add(path)
+            continue
+
+        def unreadable(error: OSError) -> None:
+            found.add(os.path.normpath(error.filename))  # it will say why when its turn comes
+
+        for folder, folders, names in os.walk(path, onerror=unreadable):
+            folders[:] = [n for n in folders if n[0] != "." and not _same(os.path.join(folder, n), out)]
+            for name in names:
+                suffix = os.path.splitext(name)[1].lower()
+                if name[0] != "." and suffix in IMAGE_SUFFIXES | VIDEO_SUFFIXES:
+                    found.add(os.path.normpath(os.path.join(folder, name)))
+                else:
+                    others += 1
+    return sorted(found), others
+
+
+def _same(a: str, b: Path) -> bool:
+    return os.path.realpath(a) == os.path.realpath(b)
+
+
+def in_shard(path: str, shard: tuple[int, int]) -> bool:
+    """Whether an input is this shard's: by its name, so that files which come later move no other."""
+    index, count = shard
+    return int.from_bytes(hashlib.sha256(os.fsencode(path)).digest()[:8], "big") % count == index
+
+
+def content_sum(path: str) -> str:
+    """SHA-256 of a regular file."""
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        try:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        except OSError as error:
+            raise InputError("undecodable", error.strerror or str(error)) from error
+    return digest.hexdigest()
+
+
+def is_image(path: str, max_pixels: int) -> tuple[bool, bool]:
+    """Whether a file is an image, by its content, and whether it is an animation.
+
+    Raises:
+        InputError: "too_large", before anything is decoded.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    with open_regular(path) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            with Image.open(file, formats=FORMATS) as image:
+                width, height = image.size
+                animated = getattr(image, "is_animated", False)
+        except UnidentifiedImageError:
+            return False, False
+        except Image.DecompressionBombError as error:
+            raise InputError("too_large", str(error)) from error
+        except Exception:  # a decoder may raise anything; `load_image` will say what
+            return True, False
+    if width * height > max_pixels:
+        raise InputError("too_large", f"its {width} x {height} pixels are more than {max_pixels}")
+    return True, animated
+
+
+# ---- outputs ---------------------------------------------------------------------------------------
+
+
+class Outputs:
+    """The files of one input. They are written under hidden names and renamed when all are whole.
+
+    The sidecar `NAME.json` is renamed last: where it is, everything is.
+
+    Args:
+        folder: the output folder.
+        name: of the files, without suffix.
+    """
+
+    def __init__(self, folder: Path, name: str):
+        self.folder, self.name = folder, name
+        self._temporary: dict[str, Path] = {}
+        _remove_stale(folder, name)
+
+    @property
+    def sidecar(self) -> Path:
+        """Where the sidecar is or will be."""
+        return self.folder / f"{self.name}.json"
+
+    def path(self, suffix: str) -> Path:
+        """A place to write the file that will be NAME + suffix."""
+        unique = f"{socket.gethostname()}.{os.getpid()}"
+        self._temporary[suffix] = self.folder / f".{self.name}{suffix}.{unique}.tmp"
+        return self._temporary[suffix]
+
+    def commit(self, facts: dict[str, Any]) -> None:
+        """Give every file its name, the sidecar with `facts` last."""
+        with writing(str(self.sidecar)):
+            facts = {**facts, "outputs": [self.name + suffix for suffix in self._temporary]}
+            with open(self.path(".json"), "w", encoding="utf-8") as file:
+                json.dump(facts, file, indent=1)
+                file.write("\n")
+            for temporary in self._temporary.values():
+                sync_folder(temporary)
+            for suffix, temporary in self._temporary.items():
+                os.replace(temporary, self.folder / f"{self.name}{suffix}")
+            sync_folder(self.folder)
+        self._temporary.clear()
+
+    def discard(self) -> None:
+        """Remove what was written."""
+        for temporary in self._temporary.values():
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        self._temporary.clear()
+
+
+def output_name(path: str, *sums: str) -> str:
+    """The name of an input's files: its own, cleaned, and a hash of all that they depend on."""
+    stem = re.sub(r"[^\w.-]", "_", os.path.splitext(os.path.basename(path))[0], flags=re.ASCII)
+    digest = hashlib.sha256("\n".join(sums).encode()).hexdigest()
+    return f"{stem.lstrip('-.')[:60] or '_'}-{digest[:16]}"
+
+
+def _remove_stale(folder: Path, name: str) -> None:
+    """Remove what a process of this machine that is no more left of these files."""
+    mine = socket.gethostname()
+    for path in folder.glob(f".{name}.*.tmp"):
+        host, process = path.name.removesuffix(".tmp").rsplit(".", 1)
+        if host.endswith(f".{mine}") and process.isdecimal() and not _runs(int(process)):
+            path.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return process != os.getpid()

@@ -1,0 +1,134 @@
+"""The model's part: aligned faces in, probabilities out, in batches or as streams."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from aufast.faces import au_centers
+from aufast.label.config import InputError
+from aufast.label.finding import FORGET, FoundFace, Seen
+from aufast.models import AAR, MARGL, load_model, to_input
+
+
+class Recognizer:
+    """Runs a model over the faces of frames that come in order.
+
+    MARGL sees the faces of many frames as one batch; AAR sees each face as a stream, whose state is carried
+    from call to call, so that a video gives the numbers of one long clip.
+
+    Args:
+        model: in evaluation mode.
+        batch: faces a call; halved for good when memory runs out.
+        device: "auto", "cpu" or "cuda".
+        keep_regions: also keep what overlays show.
+
+    Attributes:
+        seconds: spent here.
+
+    Raises:
+        ValueError: the model averages over whole clips, or the device is not there.
+    """
+
+    def __init__(self, model: MARGL | AAR, batch: int, device: str = "auto", keep_regions: bool = False):
+        if model.name == "aa-gsp-tavg":
+            raise ValueError(
+                "aa-gsp-tavg averages over a whole clip, so it has no label for a frame; use aa-gsp"
+            )
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        elif device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device cuda was asked for, but PyTorch sees no CUDA device")
+        self.model = model.float().to(device)
+        self.device = device
+        self.batch = batch
+        self.seconds = 0.0
+        self._keep_regions = keep_regions
+        self._states: dict[int, tuple[int, tuple[torch.Tensor, ...]]] = {}  # face_id: last frame, state
+
+    def reset(self) -> None:
+        """Forget every face: another input begins."""
+        self._states.clear()
+        self.seconds = 0.0
+
+    @torch.inference_mode()
+    def predict(self, frames: Sequence[Seen]) -> None:
+        """Set `probabilities` of every aligned face of these frames.
+
+        Raises:
+            InputError: "oom", when memory does not suffice for a single face.
+        """
+        start = time.perf_counter()
+        faces = [(seen.index, face) for seen in frames for face in seen.faces if face.aligned is not None]
+        if isinstance(self.model, MARGL):
+            self._in_pieces(faces, self._images)
+        else:
+            streams: dict[int, list[tuple[int, FoundFace]]] = {}
+            for index, face in faces:
+                streams.setdefault(face.face_id, []).append((index, face))
+            for stream in streams.values():
+                self._in_pieces(stream, self._clip)
+            now = frames[-1].index if frames else 0
+            self._states = {k: v for k, v in self._states.items() if now - v[0] <= FORGET}
+        for _, face in faces:
+            if not np.isfinite(face.probabilities).all():
+                face.probabilities, face.trouble = None, "the model gives numbers that are not finite"
+        self.seconds += time.perf_counter() - start
+
+    def _in_pieces(self, faces: list[tuple[int, FoundFace]], run) -> None:
+        done = 0
+        while done < len(faces):
+            try:
+                run(faces[done : done + self.batch])
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self.batch == 1:
+                    raise InputError("oom", "the model has too little memory for a single face") from error
+                self.batch //= 2
+                continue
+            done += self.batch
+
+    def _images(self, faces: list[tuple[int, FoundFace]]) -> None:
+        model = self.model
+        pixels = np.stack([face.aligned.image for _, face in faces])  # (B, S, S, 3)
+        points = np.stack([face.aligned.landmarks for _, face in faces])  # (B, 49, 2)
+        centers = torch.from_numpy(au_centers(points, model.config.aus, "margl")).float()  # (B, 2, m, 2)
+        found = model(self._input(pixels), centers.to(self.device))
+        probabilities = found.probabilities.cpu().numpy()  # (B, m)
+        for k, (_, face) in enumerate(faces):
+            face.probabilities = probabilities[k]
+            if self._keep_regions and found.rois:
+                # Level pixels to image pixels, whose first has its middle at 0.
+                scales = [model.config.image_size / size for size in model.level_sizes]
+                boxes = [rois[k].cpu().numpy() * s - 0.5 for rois, s in zip(found.rois, scales, strict=True)]
+                face.rois = np.concatenate(boxes)  # (L·2m, 4)
+
+    def _clip(self, faces: list[tuple[int, FoundFace]]) -> None:
+        name, (last, _) = faces[0][1].face_id, faces[-1]
+        pixels = np.stack([face.aligned.image for _, face in faces])  # (T, S, S, 3)
+        _, state = self._states.get(name, (0, None))
+        found = self.model(self._input(pixels)[None], state)
+        if found.state is not None:
+            self._states[name] = (last, found.state)
+        probabilities = found.probabilities[0].cpu().numpy()  # (T, m)
+        for k, (_, face) in enumerate(faces):
+            face.probabilities = probabilities[k]
+            if self._keep_regions and found.attention is not None:
+                face.attention = found.attention[0, k].amax(0).cpu().numpy()  # (s, s): over all AUs
+
+    def _input(self, pixels: np.ndarray) -> torch.Tensor:
+        return to_input(torch.from_numpy(pixels).to(self.device), self.model.config)
+
+
+def load_recognizer(folder: str, batch: int, device: str, keep_regions: bool) -> Recognizer:
+    """A `Recognizer` of the model in a folder."""
+    return Recognizer(load_model(folder), batch, device, keep_regions)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out; PyTorch has no class of its own for it on CPUs."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
