@@ -50,6 +50,7 @@ class MARGLConfig:
         image_size: side of the input, a multiple of 32.
         pixel_mean: of each colour in [0, 1], taken off by `to_input`; those of the ImageNet weights.
         pixel_std: what `to_input` divides by.
+        backbone_width: channels of the backbone's first layer; ImageNet weights fit 64.
         roi_sizes: k of the initial k×k boxes, in pixels of layer2, layer3 and layer4.
         single_level: the level that one-level variants use.
         crop_size: side of the crops.
@@ -72,6 +73,7 @@ class MARGLConfig:
     image_size: int = 192
     pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    backbone_width: int = 64
     roi_sizes: tuple[float, float, float] = (10, 5, 2)
     single_level: str = "layer3"
     crop_size: int = 6
@@ -93,7 +95,9 @@ class MARGLConfig:
         check.choice("variant", VARIANTS)
         check.aus()
         check.image_size(32)
-        check.integers("crop_size", "squeeze", "regional_channels", "graph_layers", "graph_width")
+        check.integers(
+            "backbone_width", "crop_size", "squeeze", "regional_channels", "graph_layers", "graph_width"
+        )
         check.number("scale_weight_std", least=0)
         check.number("scale_bias")
         check.flags("regional_norm")
@@ -298,9 +302,10 @@ class MARGL(Pretrained):
         self._levels = tuple(LEVELS.index(name) for name in names)
         node_width = config.graph_width if variant.intra else config.regional_channels
         # `backbone.fc` is the global head.
-        self.backbone = ResNet18(m, **factory)
+        self.backbone = ResNet18(m, config.backbone_width, **factory)
         self.levels = nn.ModuleList(
-            RoiLevel(config, WIDTHS[level + 1], node_width, factory) for level in self._levels
+            RoiLevel(config, config.backbone_width * WIDTHS[level + 1], node_width, factory)
+            for level in self._levels
         )
         self.graph = None
         if variant.intra:

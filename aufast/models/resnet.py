@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-WIDTHS = (64, 128, 256, 512)
+WIDTHS = (1, 2, 4, 8)  # of the four layers, in units of the first one's
 
 
 class ResNetOutput(NamedTuple):
@@ -52,6 +52,7 @@ class ResNet18(nn.Module):
 
     Args:
         num_classes: outputs of the last fully connected layer.
+        width: channels of `layer1`; ImageNet weights fit 64 only.
 
     Source: He et al., Deep Residual Learning for Image Recognition, CVPR 2016.
     """
@@ -59,19 +60,21 @@ class ResNet18(nn.Module):
     def __init__(
         self,
         num_classes: int = 1000,
+        width: int = 64,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
-        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False, **factory)
-        self.bn1 = nn.BatchNorm2d(64, **factory)
-        self.layer1 = self._layer(64, 64, 1, factory)
-        self.layer2 = self._layer(64, 128, 2, factory)
-        self.layer3 = self._layer(128, 256, 2, factory)
-        self.layer4 = self._layer(256, 512, 2, factory)
-        self.fc = nn.Linear(512, num_classes, **factory)
+        widths = [width * factor for factor in WIDTHS]
+        self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False, **factory)
+        self.bn1 = nn.BatchNorm2d(width, **factory)
+        self.layer1 = self._layer(width, widths[0], 1, factory)
+        self.layer2 = self._layer(widths[0], widths[1], 2, factory)
+        self.layer3 = self._layer(widths[1], widths[2], 2, factory)
+        self.layer4 = self._layer(widths[2], widths[3], 2, factory)
+        self.fc = nn.Linear(widths[3], num_classes, **factory)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
