@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from aufast.aus import AU_SETS
 from aufast.models.config import Checker
-from aufast.models.layers import ACTIVATIONS, NodeLinear, check_pictures, full_precision
+from aufast.models.layers import ACTIVATIONS, NodeLinear, Stacked, check_pictures, exportable, full_precision
 from aufast.models.pretrained import Pretrained
+from aufast.models.streaming import AARStream
 from aufast.nn import GraphConv, GraphGRU, RegionLayer
 
 
@@ -90,6 +91,7 @@ class AARConfig:
             check.integers("graph_layers")
 
 
+@exportable
 class AAROutput(NamedTuple):
     """What AAR returns for B clips of T frames and m AUs."""
 
@@ -131,7 +133,7 @@ def pooled_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
     return F.conv2d(taps, conv.weight, conv.bias, groups=conv.groups).flatten(1)  # (N, C_out)
 
 
-class AUBranches(nn.Module):
+class AUBranches(Stacked):
     """One branch of five convolutions per AU, each with its attention map.
 
     The m branches are groups of one convolution: output channels `j·12c … (j+1)·12c - 1` are those of AU j.
@@ -144,7 +146,7 @@ class AUBranches(nn.Module):
     def __init__(self, config: AARConfig, factory: dict):
         super().__init__()
         m, width = len(config.aus), 12 * config.width
-        self.nodes = m
+        self.networks = m
         self.multiply_first = config.attention_position == "before_norm"
         self.activation = ACTIVATIONS[config.branch_activation]
 
@@ -185,12 +187,12 @@ class AUBranches(nn.Module):
             features = pooled_conv(x, self.conv5)  # (N, m·12c)
         else:
             features = self.activation(self.bn5(self.conv5(x))).mean((2, 3))
-        return features.unflatten(1, (self.nodes, -1)), attention
+        return features.unflatten(1, (self.networks, -1)), attention
 
     def _attend(self, x: Tensor, attention: Tensor | None) -> Tensor:
         if attention is None:
             return x
-        maps = x.unflatten(1, (self.nodes, -1)) * attention.unsqueeze(2)  # (N, m, 12c, h, w)
+        maps = x.unflatten(1, (self.networks, -1)) * attention.unsqueeze(2)  # (N, m, 12c, h, w)
         return maps.flatten(1, 2)
 
 
@@ -253,7 +255,7 @@ class AAR(Pretrained):
         variant = VARIANTS[config.variant]
         m, width = len(config.aus), 12 * config.width
         self.frame = FrameNetwork(config, factory)
-        self.graph = nn.ModuleList()
+        self.relations = nn.ModuleList()
         self.head = None
         if variant.graph != "none":
             layers = variant.layers if config.graph_layers is None else config.graph_layers
@@ -261,14 +263,36 @@ class AAR(Pretrained):
             if variant.graph != "gru":
                 options["shared"] = variant.graph == "shared"
             layer = GraphGRU if variant.graph == "gru" else GraphConv
-            self.graph.extend(layer(width, width, m, **options) for _ in range(layers))
+            self.relations.extend(layer(width, width, m, **options) for _ in range(layers))
             self.head = NodeLinear(m, width, **factory)
         self.graph_activation = ACTIVATIONS[config.graph_activation]
+
+    @property
+    def graph(self) -> nn.ModuleList:
+        """The graph layers; registered as `relations`, since an exported program calls itself `graph`."""
+        return self.relations
 
     @property
     def attention_size(self) -> int:
         """Side of the attention maps, l/4."""
         return self.config.image_size // 4
+
+    def stream(self, *, chunk: int = 16) -> AARStream:
+        """Start on a video that comes frame by frame or in chunks.
+
+        The stream carries the graph-GRU's state from call to call. Its predictions are those of the whole
+        clip, and its memory does not grow with the video. A new video needs a new stream.
+
+        Args:
+            chunk: frames that go through the network together; more in one call are taken in pieces.
+
+        Returns:
+            A callable: frames in, the model's output for them back; see `AARStream`.
+
+        Raises:
+            ValueError: the variant is "aa-gsp-tavg", whose predictions need the whole clip, or a bad `chunk`.
+        """
+        return AARStream(self, chunk)
 
     def forward(self, clips: Tensor, state: tuple[Tensor, ...] | None = None) -> AAROutput:
         """Recognise action units in every frame of clips of any length.

@@ -4,21 +4,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+Output = TypeVar("Output", bound=type)
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "leaky_relu": F.leaky_relu,
     "gelu": F.gelu,
     "tanh": torch.tanh,
-    "none": lambda x: x,
+    "none": _unchanged,
 }
 
 
-class NodeLinear(nn.Module):
+def exportable(output: Output) -> Output:
+    """Let `torch.export.save` write programs that return this named tuple."""
+    pytree._register_namedtuple(output, serialized_type_name=f"{output.__module__}.{output.__name__}")
+    return output
+
+
+class Stacked(nn.Module):
+    """A module whose every tensor holds `networks` independent networks, one after the other along axis 0."""
+
+    networks: int
+
+
+class NodeLinear(Stacked):
     """One fully connected output of its own for every node: a row of `weight` and an entry of `bias` each.
 
     Args:
@@ -35,6 +56,7 @@ class NodeLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        self.networks = nodes
         self.weight = nn.Parameter(torch.empty(nodes, features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(nodes, device=device, dtype=dtype))
         self.reset_parameters()
@@ -83,7 +105,8 @@ def check_pictures(model: nn.Module, name: str, pictures: Tensor, axes: str) -> 
         raise ValueError(
             f"{model.name}: {name} must be on the model's device {parameter.device}, got {pictures.device}"
         )
-    if pictures.dtype != parameter.dtype and not torch.is_autocast_enabled(pictures.device.type):
+    fits = pictures.dtype in (parameter.dtype, torch.float32 if model.inference_dtype else None)
+    if not fits and not torch.is_autocast_enabled(pictures.device.type):
         raise TypeError(
             f"{model.name}: {name} must have the model's dtype {parameter.dtype}, got {pictures.dtype}"
         )

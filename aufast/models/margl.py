@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from aufast.aus import AU_SETS
 from aufast.labels import check_labels
 from aufast.models.config import Checker
-from aufast.models.layers import ACTIVATIONS, NodeLinear, check_pictures, full_precision
+from aufast.models.layers import ACTIVATIONS, NodeLinear, Stacked, check_pictures, exportable, full_precision
 from aufast.models.pretrained import Pretrained
 from aufast.models.resnet import WIDTHS, ResNet18
 from aufast.nn import AdaptiveRoi
@@ -111,6 +111,7 @@ class MARGLConfig:
         check.triples("pixel_std", "roi_sizes", positive=True)
 
 
+@exportable
 class MARGLOutput(NamedTuple):
     """What MARGL returns for a batch of B images, L levels and m AUs."""
 
@@ -166,7 +167,7 @@ def relation_adjacency(
     return ((together >= threshold * given - 1e-9) & (given > 0)).float()
 
 
-class RegionalNetworks(nn.Module):
+class RegionalNetworks(Stacked):
     """An independent network for every ROI: two 3×3 convolutions and global average pooling.
 
     The R networks are R groups of one convolution: output channels `r·C … (r+1)·C - 1` are those of ROI r.
@@ -183,7 +184,7 @@ class RegionalNetworks(nn.Module):
         self, rois: int, in_channels: int, channels: int, norm: bool, activation: str, factory: dict
     ):
         super().__init__()
-        self.rois = rois
+        self.networks = rois
         self.conv1 = nn.Conv2d(
             rois * in_channels, rois * channels, 3, padding=1, groups=rois, bias=not norm, **factory
         )
@@ -199,7 +200,7 @@ class RegionalNetworks(nn.Module):
         x = crops.flatten(1, 2)  # (B, R·in_channels, h, w)
         x = self.activation(self.bn1(self.conv1(x)))  # (B, R·C, h, w)
         x = self.activation(self.bn2(self.conv2(x)))
-        return x.mean((2, 3)).unflatten(1, (self.rois, -1))  # (B, R, C)
+        return x.mean((2, 3)).unflatten(1, (self.networks, -1))  # (B, R, C)
 
 
 class RelationGraph(nn.Module):
@@ -307,9 +308,9 @@ class MARGL(Pretrained):
             RoiLevel(config, config.backbone_width * WIDTHS[level + 1], node_width, factory)
             for level in self._levels
         )
-        self.graph = None
+        self.relations = None
         if variant.intra:
-            self.graph = RelationGraph(
+            self.relations = RelationGraph(
                 config.graph_layers,
                 config.regional_channels,
                 config.graph_width,
@@ -317,6 +318,12 @@ class MARGL(Pretrained):
                 factory,
             )
             self.register_buffer("adjacency", torch.eye(m, **factory))
+        self.register_buffer("normalized", None)  # Ã, where A0 does not change any more
+
+    @property
+    def graph(self) -> RelationGraph | None:
+        """The relation graph; registered as `relations`, since an exported program calls itself `graph`."""
+        return self.relations
 
     @property
     def level_sizes(self) -> tuple[int, ...]:
@@ -343,9 +350,14 @@ class MARGL(Pretrained):
             if total == 0:
                 raise ValueError(f"{self.name}: adjacency has an empty row for AU {au}")
         self.adjacency.copy_(adjacency)
+        if self.normalized is not None:
+            self.normalized.copy_(self._normalize())
 
     def normalized_adjacency(self) -> Tensor:
         """Ã (n, n) of the n = L·m nodes, those of the first level first: MARGL eq. (4), normalised."""
+        return self._normalize() if self.normalized is None else self.normalized
+
+    def _normalize(self) -> Tensor:
         levels, m = len(self.levels), len(self.config.aus)
         same_level = torch.eye(levels, dtype=self.adjacency.dtype, device=self.adjacency.device)
         same_au = torch.eye(m, dtype=self.adjacency.dtype, device=self.adjacency.device)

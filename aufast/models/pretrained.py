@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar
 
 import safetensors
 import safetensors.torch
@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from aufast.models.config import build_config
+from aufast.models.layout import stack_
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, SUMS = "config.json", "model.safetensors", "SHA256SUMS"
+INFERENCE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 Model = TypeVar("Model", bound="Pretrained")
 
@@ -29,16 +31,44 @@ class Pretrained(nn.Module):
         config: the frozen dataclass it was built from.
         config_class: that dataclass.
         variants: the model names that the class builds.
+        inference_dtype: of a model from `aufast.optimize_for_inference`; None for one that can train.
     """
 
     config: Any
     config_class: ClassVar[type]
     variants: ClassVar[tuple[str, ...]]
+    inference_dtype: torch.dtype | None = None
 
     @property
     def name(self) -> str:
         """The model's name, as `aufast.models.create_model` takes it."""
         return self.config.variant
+
+    def reference(self: Model) -> Model:
+        """The same model in its plain form: a module for every patch, AU branch, region and output.
+
+        It has copies of this model's values and computes the same numbers with PyTorch's own operators, the
+        way one would write it down from the paper: what tests and benchmarks compare with. Either form loads
+        the other's checkpoints where it is this one that loads.
+
+        Returns:
+            A model of the same class, in the same mode, dtype and place.
+        """
+        from aufast.models.plain import plain_form  # which knows the models, as they do not know it
+
+        if self.inference_dtype is not None:
+            raise ValueError(f"{self.name}: this model is optimized for inference; ask the original")
+        return plain_form(self)
+
+    def train(self: Model, mode: bool = True) -> Model:
+        """As `nn.Module.train`; a model optimized for inference has no training mode to enter."""
+        if mode and self.inference_dtype is not None:
+            raise RuntimeError(f"{self.name}: this model is optimized for inference; train the original")
+        return super().train(mode)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        stack_(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write config.json, model.safetensors and, last, SHA256SUMS.
@@ -53,6 +83,8 @@ class Pretrained(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         values = dataclasses.asdict(self.config)
         config = {"format_version": FORMAT_VERSION, "model": values.pop("variant"), "config": values}
+        if self.inference_dtype is not None:
+            config["optimized"] = next(k for k, v in INFERENCE_DTYPES.items() if v == self.inference_dtype)
         tensors = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
         files = {
             CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
@@ -75,13 +107,13 @@ class Pretrained(nn.Module):
             ValueError: a file is missing, cut short or changed, or does not fit the model; it is named.
         """
         folder = Path(folder)
-        name, values, tensors = read_folder(folder)
-        if name not in cls.variants:
+        content = read_folder(folder)
+        if content.name not in cls.variants:
             raise ValueError(
-                f"{folder}: holds the model {name!r}, which is no {cls.__name__}; "
+                f"{folder}: holds the model {content.name!r}, which is no {cls.__name__}; "
                 "use aufast.models.load_model"
             )
-        return build_model(cls, folder, name, values, tensors)
+        return build_model(cls, folder, content)
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -106,14 +138,20 @@ def _read(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def read_folder(folder: Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+class Content(NamedTuple):
+    """What a model folder holds."""
+
+    name: str
+    values: dict[str, Any]  # of the config
+    inference_dtype: torch.dtype | None
+    tensors: dict[str, Tensor]
+
+
+def read_folder(folder: Path) -> Content:
     """Read a model folder and verify its sums before anything in it is looked at.
 
     Args:
         folder: written by `save_pretrained`.
-
-    Returns:
-        The model's name, its config's values, and its tensors.
 
     Raises:
         ValueError: a file is missing, cut short, changed or of a newer format.
@@ -123,12 +161,12 @@ def read_folder(folder: Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     for name, data in files.items():
         if hashlib.sha256(data).hexdigest() != sums[name]:
             _refuse(folder / name, f"cut short or changed: its SHA-256 is not the one in {SUMS}")
-    name, values = _parse_config(folder / CONFIG, files[CONFIG])
+    name, values, inference_dtype = _parse_config(folder / CONFIG, files[CONFIG])
     try:
         tensors = safetensors.torch.load(files[WEIGHTS])
     except safetensors.SafetensorError as error:
         _refuse(folder / WEIGHTS, f"not a safetensors file: {error}")
-    return name, values, tensors
+    return Content(name, values, inference_dtype, tensors)
 
 
 def _read_sums(path: Path) -> dict[str, str]:
@@ -145,7 +183,7 @@ def _read_sums(path: Path) -> dict[str, str]:
     return sums
 
 
-def _parse_config(path: Path, data: bytes) -> tuple[str, dict[str, Any]]:
+def _parse_config(path: Path, data: bytes) -> tuple[str, dict[str, Any], torch.dtype | None]:
     try:
         config = json.loads(data)
     except ValueError as error:
@@ -158,26 +196,35 @@ def _parse_config(path: Path, data: bytes) -> tuple[str, dict[str, Any]]:
     for key, kind in (("model", str), ("config", dict)):
         if not isinstance(config.get(key), kind):
             _refuse(path, f"holds no {key!r}")
-    return config["model"], config["config"]
+    optimized = config.get("optimized")
+    if optimized not in (None, *INFERENCE_DTYPES):
+        _refuse(path, f"'optimized' must be one of {', '.join(INFERENCE_DTYPES)}, got {optimized!r}")
+    return config["model"], config["config"], INFERENCE_DTYPES.get(optimized)
 
 
-def build_model(
-    cls: type[Model], folder: Path, name: str, values: dict[str, Any], tensors: dict[str, Tensor]
-) -> Model:
+def build_model(cls: type[Model], folder: Path, content: Content) -> Model:
     """Build a model from what `read_folder` found; it is in evaluation mode.
 
     Raises:
         ValueError: the config has an unknown key or value, or the tensors do not fit it.
     """
     try:
-        config = build_config(cls.config_class, name, values)
+        config = build_config(cls.config_class, content.name, content.values)
     except ValueError as error:
         _refuse(folder / CONFIG, str(error))
     with torch.device("meta"):
         model = cls(config)
+        if content.inference_dtype is not None:
+            from aufast.models.inference import optimize_for_inference  # which knows the models
+
+            model = optimize_for_inference(model, content.inference_dtype)
+    tensors = content.tensors
+    stack_(model, tensors)
     _check_tensors(model, folder / WEIGHTS, tensors)
     # Copies, so that no tensor keeps the bytes of the file alive or starts at an odd address.
     model.load_state_dict({key: value.clone() for key, value in tensors.items()}, assign=True)
+    if content.inference_dtype is not None:
+        model.to(memory_format=torch.channels_last)
     return model.eval()
 
 

@@ -45,7 +45,9 @@ def load_model(folder: str | os.PathLike[str]) -> MARGL | AAR:
         ValueError: a file is missing, cut short or changed, or does not fit the model; the sentence names it.
     """
     folder = Path(folder)
-    name, values, tensors = read_folder(folder)
-    if name not in _CLASSES:
-        raise ValueError(f"{folder / CONFIG}: unknown model {name!r}; {nearest(name, _CLASSES)}")
-    return build_model(_CLASSES[name], folder, name, values, tensors)
+    content = read_folder(folder)
+    if content.name not in _CLASSES:
+        raise ValueError(
+            f"{folder / CONFIG}: unknown model {content.name!r}; {nearest(content.name, _CLASSES)}"
+        )
+    return build_model(_CLASSES[content.name], folder, content)

@@ -169,7 +169,7 @@ def test_damaged_sums_are_named(folder, text, message):
             r"model.safetensors: tensor 'frame.branches.conv1.weight' has shape \(72, 16, 3, 3\), "
             r"but config.json with its 2 AUs needs \(48, 16, 3, 3\)",
         ),
-        ({"model": "aa"}, "model.safetensors: unknown tensor 'graph.0.Q'"),
+        ({"model": "aa"}, "model.safetensors: unknown tensor 'head.bias'"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -195,10 +195,10 @@ def test_a_config_that_is_no_object_is_named(folder, text):
             "tensor 'head.weight' holds values that are not finite",
         ),
         (
-            lambda t: t["graph.1.U"][0, 0].fill_(float("inf")),
-            "tensor 'graph.1.U' holds values that are not finite",
+            lambda t: t["relations.1.U"][0, 0].fill_(float("inf")),
+            "tensor 'relations.1.U' holds values that are not finite",
         ),
-        (lambda t: t.pop("graph.0.W_z"), "tensor 'graph.0.W_z' is missing"),
+        (lambda t: t.pop("relations.0.W_z"), "tensor 'relations.0.W_z' is missing"),
         (lambda t: t.update(more=torch.ones(1)), "unknown tensor 'more'"),
         (
             lambda t: t.update({"head.bias": torch.ones(3, dtype=torch.int64)}),
