@@ -1,0 +1,339 @@
+"""Faces in frames: ids that stay, faces that leave, boxes and landmarks of any kind."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import itertools
+import json
+import re
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from aufast.faces import Face, FaceDetector, landmarks_49
+from aufast.label import LabelConfig, label_files
+from aufast.label.finding import FORGET, FaceStage, FoundFace, Identities, overlap, pieces
+from aufast.label.given import read_faces
+from aufast.label.video import Frame
+from tests.label.clips import blank, encode, face, moving
+
+SIZE = 176
+
+
+def find(images: Iterable[np.ndarray], **options) -> list:
+    stage = FaceStage(LabelConfig("unused", **{"workers": 1, **options}), SIZE)
+    try:
+        return list(stage.run(Frame(k, k / 30, image) for k, image in enumerate(images)))
+    finally:
+        stage.close()
+
+
+def scaled(side: int) -> np.ndarray:
+    """The face's surroundings, 200 x 200 of the photograph, at another size on 240 x 240."""
+    picture = np.full((240, 240, 3), 120, np.uint8)
+    small = Image.fromarray(face(200, 200)).resize((side, side))
+    top = (240 - side) // 2
+    picture[top : top + side, top : top + side] = np.asarray(small)
+    return picture
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_37_two_faces_keep_their_ids_when_their_order_swaps(every: int) -> None:
+    """The detector gives the largest first; the left one shrinks while the right one grows."""
+    sides = range(195, 239, 4)
+    seen = find([np.hstack([scaled(a), scaled(434 - a)]) for a in sides], detect_every=every)
+    for frame in seen:
+        assert [f.face_id for f in frame.faces] == [0, 1], "both are found in every frame"
+    left = [frame.faces[0].box[0] < frame.faces[1].box[0] for frame in seen]
+    assert len(set(left)) == 1, "an id stays on its side"
+    widths = [[f.box[2] - f.box[0] for f in frame.faces] for frame in (seen[0], seen[-1])]
+    assert (widths[0][0] > widths[0][1]) != (widths[1][0] > widths[1][1]), "the order did swap"
+
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_38_a_face_leaving_the_frame(every: int) -> None:
+    picture = np.pad(face(), ((0, 0), (0, 320), (0, 0)), mode="edge")
+    images = [np.ascontiguousarray(picture[:, step : step + 320]) for step in range(0, 321, 16)]
+    seen = find(images, detect_every=every)
+    assert len(seen) == len(images), "every frame, with or without a face"
+    assert seen[0].faces and not seen[-1].faces, "there at first, gone at last"
+    for frame in seen:
+        for found in frame.faces:
+            assert found.aligned is not None or found.trouble
+
+
+def test_following_agrees_with_detecting() -> None:
+    images = moving(12, step=2)
+    for detected, followed in zip(find(images), find(images, detect_every=6), strict=True):
+        a, b = detected.faces[0], followed.faces[0]
+        assert overlap(a.box, b.box) > 0.7
+        assert np.abs(landmarks_49(a.points) - landmarks_49(b.points)).mean() < 3
+        assert b.face_id == 0 and b.confidence == pytest.approx(a.confidence, abs=0.3)
+
+
+def test_a_followed_face_that_vanishes_is_not_kept() -> None:
+    images = [face(), face(), blank(), blank(), face(), face()]
+    assert [len(f.faces) for f in find(images, detect_every=5)] == [1, 1, 0, 0, 0, 1]
+
+
+def test_threads_change_nothing() -> None:
+    images = [np.hstack([scaled(a), scaled(220)]) for a in (200, 210, 220, 230)]
+    one, three = (find(images, workers=n) for n in (1, 3))
+    for a, b in zip(one, three, strict=True):
+        assert [(f.face_id, f.box) for f in a.faces] == [(f.face_id, f.box) for f in b.faces]
+        for f, g in zip(a.faces, b.faces, strict=True):
+            np.testing.assert_array_equal(f.aligned.image, g.aligned.image)
+
+
+def test_ids_come_back_after_a_pause_and_not_after_a_long_one() -> None:
+    identities = Identities()
+
+    def assign(index: int, *boxes) -> list[int]:
+        faces = [FoundFace(box, None, 1.0) for box in boxes]
+        identities.assign(index, faces)
+        return [found.face_id for found in faces]
+
+    a, b = (0, 0, 100, 100), (200, 0, 300, 100)
+    assert assign(0, a, b) == [0, 1]
+    assert assign(1, b, a) == [1, 0]
+    assert assign(1 + FORGET, a) == [0], "within the pause"
+    assert assign(2 + 2 * FORGET, a, b) == [2, 3], "after it"
+    assert assign(3 + 2 * FORGET, (10, 0, 110, 100), (0, 0, 90, 100)) == [4, 2], "the nearer one"
+
+
+def test_a_tracker_never_sees_two_sizes() -> None:
+    frames = [Frame(k, None, blank(8, 8 + (k > 2))) for k in range(7)]
+    assert [[f.index for f in piece] for piece in pieces(frames, 3)] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert [[f.index for f in piece] for piece in pieces(frames, 2)] == [[0, 1], [2], [3, 4], [5, 6]]
+
+
+def test_frames_are_read_ahead_only_so_far() -> None:
+    count = itertools.count()
+    config = LabelConfig("unused", workers=2, batch=4)
+    stage = FaceStage(config, SIZE)
+    seen = stage.run(Frame(next(count), None, blank(64, 64)) for _ in iter(int, 1))
+    next(seen)
+    time.sleep(0.5)
+    # One given, two batches waiting for the model, workers + 1 pieces and the one that waits to be taken.
+    assert next(count) <= 1 + 2 * config.batch + config.workers + 3
+    seen.close()
+    stage.close()
+
+
+def test_what_the_reader_raises_is_raised() -> None:
+    def frames():
+        yield blank()
+        raise KeyError("broken reader")
+
+    with pytest.raises(KeyError, match="broken reader"):
+        find(frames())
+
+
+# ---- given faces ---------------------------------------------------------------------------------
+
+
+@functools.cache
+def shared_detector() -> FaceDetector:
+    return FaceDetector()
+
+
+@functools.cache
+def detected() -> Face:
+    return shared_detector().detect(face())[0]
+
+
+def points(count: int = 68) -> np.ndarray:
+    """The landmarks of `face()`."""
+    return detected().landmarks68 if count == 68 else detected().landmarks
+
+
+def write_faces(path: Path, rows: Iterable[Iterable], columns: int) -> None:
+    names = (
+        ["x1", "y1", "x2", "y2"] if columns == 4 else [f"{a}{k}" for k in range(columns // 2) for a in "xy"]
+    )
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["frame", "face_id", *names])
+        writer.writerows(rows)
+
+
+def label_one(tmp_path: Path, model: str, **options) -> tuple[dict, list[dict]]:
+    """Label `face()` with the faces of `tmp_path/faces/a.csv`."""
+    Image.fromarray(face()).save(tmp_path / "a.png")
+    out = tmp_path / "out"
+    label_files(
+        [str(tmp_path / "a.png")],
+        out,
+        LabelConfig(model, workers=1, faces=str(tmp_path / "faces"), **options),
+    )
+    line = json.loads((out / "run.jsonl").read_text())
+    table = out / line["sidecar"].replace(".json", ".csv") if line["sidecar"] else Path("/nowhere")
+    sidecar = json.loads((out / line["sidecar"]).read_text()) if line["sidecar"] else line
+    return sidecar, list(csv.DictReader(table.open())) if table.exists() else []
+
+
+def swapped() -> np.ndarray:
+    p = points(49).copy()
+    p[19:25], p[25:31] = points(49)[25:31], points(49)[19:25]
+    return p
+
+
+def together() -> np.ndarray:
+    p = points(49).copy()
+    p[19:31] = p[19]
+    return p
+
+
+UNUSABLE: dict[str, tuple[Callable[[], Iterable[float]], str]] = {
+    "39: a box outside": (lambda: (600, 10, 700, 110), "outside the image"),
+    "39: an inverted box": (lambda: (200, 200, 100, 100), "x1 < x2"),
+    "39: an empty box": (lambda: (100, 100, 100, 100), "a pixel or more apart"),
+    "39: a box 2^30 wide": (lambda: (0, 0, 2**30, 2**30), "outside the image"),
+    "40: landmarks at one place": (lambda: np.full(98, 100.0), "both eyes at one place"),
+    "41: landmarks in a line": (lambda: np.repeat(np.arange(49.0) + 100, 2), "one line|exchanged"),
+    "42: NaN landmarks": (lambda: np.full(98, np.nan), "must be finite"),
+    "42: a NaN box": (lambda: (1, 2, np.nan, 4), "must be finite"),
+    "43: eyes swapped": (lambda: swapped().ravel(), "mouth above the eyes"),
+    "43: no distance between the eyes": (lambda: together().ravel(), "both eyes at one place"),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_faces_that_cannot_be_used(case: str, tmp_path: Path, models: dict[str, str]) -> None:
+    """A row that says so, a warning that says why, and no number."""
+    make, reason = UNUSABLE[case]
+    values = list(make())
+    (tmp_path / "faces").mkdir()
+    write_faces(tmp_path / "faces" / "a.csv", [[1, 5, *values]], len(values))
+    sidecar, (row,) = label_one(tmp_path, models["margl"])
+    assert sidecar["status"] == "no_face"
+    assert re.search(rf"^1 faces are not labelled: .*({reason})", sidecar["warnings"][0])
+    assert (row["success"], row["confidence"], row["face_id"]) == ("0", "0", "5")
+    assert {v for k, v in row.items() if k.startswith("AU")} == {"0"}
+
+
+def test_given_landmarks_and_boxes_give_the_detectors_table(tmp_path: Path, models: dict[str, str]) -> None:
+    (tmp_path / "faces").mkdir()
+    _, (found,) = label_one_without(tmp_path, models["margl"])
+    for values in (points().ravel(), points(49).ravel(), detected().box):
+        write_faces(tmp_path / "faces" / "a.csv", [[1, 3, *values]], len(values))
+        sidecar, (row,) = label_one(tmp_path, models["margl"])
+        assert sidecar["status"] == "ok" and row["face_id"] == "3"
+        assert {k: v for k, v in row.items() if k[:2] == "AU"} == {
+            k: v for k, v in found.items() if k[:2] == "AU"
+        }
+
+
+def label_one_without(tmp_path: Path, model: str) -> tuple[dict, list[dict]]:
+    Image.fromarray(face()).save(tmp_path / "a.png")
+    out = tmp_path / "detected"
+    label_files([str(tmp_path / "a.png")], out, LabelConfig(model, workers=1))
+    sidecar = next(out.glob("a-*.json"))
+    return json.loads(sidecar.read_text()), list(csv.DictReader(sidecar.with_suffix(".csv").open()))
+
+
+def test_44_one_based_coordinates(tmp_path: Path, models: dict[str, str]) -> None:
+    """Nothing in the numbers tells them apart, so the user says which they are."""
+    (tmp_path / "faces").mkdir()
+    write_faces(tmp_path / "faces" / "a.csv", [[1, 0, *(points(49).ravel() + 1)]], 98)
+    _, one = label_one(tmp_path, models["margl"], one_based=True)
+    _, wrong = label_one(tmp_path, models["margl"])
+    write_faces(tmp_path / "faces" / "a.csv", [[1, 0, *points(49).ravel()]], 98)
+    _, zero = label_one(tmp_path, models["margl"])
+    assert one == zero != wrong
+
+
+def test_45_landmark_schemes_are_not_mixed(tmp_path: Path, models: dict[str, str]) -> None:
+    (tmp_path / "faces").mkdir()
+    rows = [[1, 0, *points(68).ravel()], [2, 0, *points(49).ravel()]]
+    write_faces(tmp_path / "faces" / "a.csv", rows, 136)
+    sidecar, table = label_one(tmp_path, models["margl"])
+    assert sidecar["status"] == "undecodable" and not table
+    assert "a.csv, line 3: 100 values, expected 138" in sidecar["sentence"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("frame,x0\n", "line 1: the header must be"),
+        ("frame,face_id,x0,y0\n1,0,1,2\n", "line 1: the header must be"),
+        ("frame,face_id,x1,y1,x2,y2\n1,0,a,2,3,4\n", "line 2: .*'a'"),
+        ("frame,face_id,x1,y1,x2,y2\n0,0,1,2,3,4\n", "line 2: frame 0"),
+        ("frame,face_id,x1,y1,x2,y2\n1.5,0,1,2,3,4\n", "whole numbers"),
+        ("frame,face_id,x1,y1,x2,y2\n1,0,1,2,3,4\n1,0,1,2,3,4\n", "line 3: face 0 of frame 1 is there twice"),
+        ("", "the file is empty"),
+    ],
+)
+def test_files_of_faces_that_do_not_fit(tmp_path: Path, text: str, reason: str) -> None:
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(ValueError, match=reason):
+        read_faces(tmp_path / "a.csv")
+
+
+def test_given_faces_of_a_video_by_frame(tmp_path: Path, models: dict[str, str]) -> None:
+    """Frames without a row have no face, whatever is to be seen in them."""
+    video = encode(tmp_path / "v.mp4", moving(6, step=0))
+    (tmp_path / "faces").mkdir()
+    write_faces(tmp_path / "faces" / "v.csv", [[k, 7, *points(49).ravel()] for k in (2, 3, 5)], 98)
+    label_files([str(video)], tmp_path / "out", LabelConfig(models["aar"], faces=str(tmp_path / "faces")))
+    (table,) = (tmp_path / "out").glob("*.csv")
+    rows = list(csv.DictReader(table.open()))
+    assert [(r["success"], r["face_id"]) for r in rows] == [
+        ("0", "0"),
+        ("1", "7"),
+        ("1", "7"),
+        ("0", "0"),
+        ("1", "7"),
+        ("0", "0"),
+    ]
+
+
+def test_inputs_without_a_file_of_faces_are_named(tmp_path: Path, models: dict[str, str]) -> None:
+    (tmp_path / "faces").mkdir()
+    line, _ = label_one(tmp_path, models["aar"])
+    assert line["status"] == "undecodable" and "there is no file of faces" in line["sentence"]
+
+
+# ---- the detector --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "refused"),
+    [
+        (lambda a: np.repeat(np.repeat(a, 2, 0), 2, 1)[::2, ::2], None),
+        (np.asfortranarray, None),
+        (lambda a: a[..., ::-1], None),
+        (lambda a: a.astype(np.float32), "dtype float32"),
+        (lambda a: a.transpose(2, 0, 1), "the channels must come last"),
+        (lambda a: np.dstack([a, a[..., :1]]), "must be RGB"),
+    ],
+    ids=["strided", "Fortran", "BGR", "float", "CHW", "RGBA"],
+)
+def test_46_arrays_of_every_layout(change, refused: str | None) -> None:
+    array = change(face())
+    detector = shared_detector()
+    if refused:
+        with pytest.raises((TypeError, ValueError), match=refused):
+            detector.detect(array)
+    else:
+        assert overlap(detector.detect(array)[0].box, detected().box) > 0.8
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no model" * 100], ids=["missing", "empty", "text"])
+def test_47_a_bad_landmark_model_is_told_before_anything_is_written(
+    content: bytes | None, tmp_path: Path, models: dict[str, str]
+) -> None:
+    file = tmp_path / "landmarks.dat"
+    if content is not None:
+        file.write_bytes(content)
+    Image.fromarray(face()).save(tmp_path / "a.png")
+    with pytest.raises((ValueError, FileNotFoundError), match=r"landmark model .*landmarks\.dat"):
+        label_files(
+            [str(tmp_path / "a.png")], tmp_path / "out", LabelConfig(models["aar"], landmarks=str(file))
+        )
+    assert not (tmp_path / "out").exists()
