@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from aufast import reference
+from aufast.ops import graph_gru_cuda
 from aufast.ops.autocast import cast_products, keep_float
 from aufast.ops.backends import choose
 from aufast.ops.checks import (
@@ -238,3 +239,4 @@ register(
     setup_context=_setup_context,
     backward=_backward,
 )
+graph_gru_cuda.register(_fallback, _backward_fallback)

@@ -1,0 +1,215 @@
+// Graph-GRU on NVIDIA GPUs: one launch runs all steps of a direction.
+//
+// What does not depend on the state is made before and after, for all steps at once, by PyTorch's own
+// products (aufast/ops/graph_gru_cuda.py): S, Θ, the input half of the gates, and every gradient but those of
+// the gates. Here is the rest, `graph_gru_steps` and its backward. The kernels are in graph_gru_forward.cuh
+// and graph_gru_backward.cuh; this file chooses how a call is cut and launches them.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <initializer_list>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "graph_gru_backward.cuh"
+#include "graph_gru_forward.cuh"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int kMostWarps = kMostThreads / 32;
+
+const void* address(const OptionalTensor& tensor) {
+  return tensor.has_value() ? tensor->data_ptr() : nullptr;
+}
+
+bool aligned(std::initializer_list<const void*> addresses) {
+  return std::all_of(addresses.begin(), addresses.end(),
+                     [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; });
+}
+
+// As many warps as give each the same number of strips, one where that is possible.
+int threads_for(int strips) {
+  const int rounds = (strips + kMostWarps - 1) / kMostWarps;
+  return 32 * ((strips + rounds - 1) / rounds);
+}
+
+Walk describe(const Tensor& gates, const Tensor& theta, const Tensor& supports,
+              const OptionalTensor& lengths) {
+  Walk w = {};
+  w.nodes = static_cast<int>(gates.size(0)), w.batch = gates.size(1), w.steps = gates.size(2);
+  w.channels = static_cast<int>(gates.size(3) / 3), w.padded = (w.channels + 15) / 16 * 16;
+  w.order = static_cast<int>(supports.size(1));
+  w.theta = theta.data_ptr(), w.supports = static_cast<const float*>(supports.data_ptr());
+  w.theta_bytes = theta.size(1) * theta.element_size();
+  w.lengths = static_cast<const int64_t*>(address(lengths));
+  return w;
+}
+
+// Cuts a call and launches it: `Room` lays out shared memory, `kernel` takes `rows` sequences at a time.
+template <class T, template <class> class Room, class Arguments>
+bool plan(Arguments& a, Shape& shape, const Device& device, void (*kernel)(Arguments), int rows, int strips) {
+  Walk& w = a.walk;
+  for (const bool clusters : {true, false})
+    for (const bool resident : {true, false}) {
+      w.clusters = clusters, w.resident = resident;
+      shape = {w.nodes, clusters ? w.nodes : 0, threads_for(strips), Room<T>(w, rows).bytes};
+      if ((clusters && !device.clusters) || shape.shared > static_cast<size_t>(device.shared)) continue;
+      const int64_t tiles = (w.batch + rows - 1) / rows;
+      w.groups = static_cast<int>(std::min<int64_t>(device.resident_groups(kernel, shape, w.nodes), tiles));
+      shape.blocks = w.groups * w.nodes;
+      if (w.groups > 0) return true;
+    }
+  return false;
+}
+
+// Global memory through which the blocks of a group meet where they are no cluster.
+class Meeting {
+ public:
+  Meeting(Walk& w, const Tensor& like, int64_t published) {
+    if (w.clusters) return;
+    exchange_ = torch::stable::new_empty(like, {w.groups * 2 * w.nodes * published});
+    arrivals_ = torch::stable::new_zeros(like, {w.groups}, ScalarType::Int);
+    w.exchange = exchange_->data_ptr();
+    w.arrivals = static_cast<unsigned*>(arrivals_->data_ptr());
+  }
+
+ private:
+  OptionalTensor exchange_, arrivals_;
+};
+
+// A kernel and the sequences it takes at a time.
+template <class Arguments>
+struct Choice {
+  int rows;
+  void (*kernel)(Arguments);
+};
+
+// The choices go from few sequences at a time to many. Taken is the first that needs no turns, since a short
+// tile takes a short time, else the last one that can exchange and keep its matrices as the first does.
+template <class T, template <class> class Room, class Arguments>
+void run(Arguments a, const Tensor& like, int strips, const std::vector<Choice<Arguments>>& choices) {
+  const Device device(like.get_device_index());
+  Arguments taken = a;
+  Shape taken_shape = {};
+  const Choice<Arguments>* choice = nullptr;
+  for (const Choice<Arguments>& next : choices) {
+    Shape shape;
+    if (!plan<T, Room>(a, shape, device, next.kernel, next.rows, strips)) continue;
+    const bool as_good = a.walk.clusters == taken.walk.clusters && a.walk.resident == taken.walk.resident;
+    if (choice != nullptr && !as_good) break;
+    taken = a, taken_shape = shape, choice = &next;
+    if (static_cast<int64_t>(a.walk.groups) * next.rows >= a.walk.batch) break;
+  }
+  STD_TORCH_CHECK(choice != nullptr, "graph_gru: this GPU has no room for ", a.walk.nodes,
+                  " blocks at a time");
+  const Meeting meeting(taken.walk, like, Room<T>::published(taken.walk, choice->rows));
+  device.launch(choice->kernel, taken_shape, taken);
+}
+
+template <class Product>
+std::vector<Choice<Forward<typename Product::T>>> forward_choices() {
+  if constexpr (Product::kLeastHalves == 1)
+    return {{8, &graph_gru_forward<Product, 1>},
+            {16, &graph_gru_forward<Product, 2>},
+            {32, &graph_gru_forward<Product, 4>}};
+  else
+    return {{16, &graph_gru_forward<Product, 2>}, {32, &graph_gru_forward<Product, 4>}};
+}
+
+template <class Product>
+std::vector<Choice<Backward<typename Product::T>>> backward_choices() {
+  if constexpr (Product::kLeastHalves == 1)
+    return {{8, &graph_gru_backward<Product, 1>},
+            {16, &graph_gru_backward<Product, 2>},
+            {32, &graph_gru_backward<Product, 4>}};
+  else
+    return {{16, &graph_gru_backward<Product, 2>}, {32, &graph_gru_backward<Product, 4>}};
+}
+
+template <class Product>
+std::tuple<Tensor, Tensor, Tensor> forward_as(const Tensor& gates, Walk walk, const OptionalTensor& h0,
+                                              bool save) {
+  using T = typename Product::T;
+  const int64_t m = walk.nodes, c = walk.channels;
+  Tensor out = torch::stable::new_empty(gates, {walk.batch, walk.steps, m, c});
+  Tensor h_last = torch::stable::new_empty(gates, {walk.batch, m, c}, ScalarType::Float);
+  Tensor saved = save ? torch::stable::new_empty(gates, {walk.batch, walk.steps, m, 3 * c})
+                      : torch::stable::new_empty(gates, {0});
+  walk.whole = c % 4 == 0 && aligned({gates.data_ptr(), address(h0)});
+  run<T, ForwardRoom>(
+      Forward<T>{walk, static_cast<const T*>(gates.data_ptr()), static_cast<const float*>(address(h0)),
+                 static_cast<T*>(out.data_ptr()), save ? static_cast<T*>(saved.data_ptr()) : nullptr,
+                 static_cast<float*>(h_last.data_ptr())},
+      gates, walk.padded / 8, forward_choices<Product>());
+  return {out, h_last, saved};
+}
+
+template <class Product>
+std::tuple<Tensor, Tensor> backward_as(const Tensor& grad_out, const Tensor& grad_h_last, const Tensor& out,
+                                       const Tensor& saved, const Tensor& d_gates, Walk walk,
+                                       const OptionalTensor& h0) {
+  using T = typename Product::T;
+  Tensor d_h0 = torch::stable::new_empty(grad_h_last, {walk.batch, walk.nodes, walk.channels});
+  walk.whole = walk.channels % 4 == 0 && aligned({grad_out.data_ptr(), grad_h_last.data_ptr(), out.data_ptr(),
+                                                  saved.data_ptr(), address(h0)});
+  run<T, BackwardRoom>(
+      Backward<T>{walk, static_cast<const T*>(grad_out.data_ptr()), static_cast<const T*>(out.data_ptr()),
+                  static_cast<const T*>(saved.data_ptr()), static_cast<const float*>(address(h0)),
+                  static_cast<const float*>(grad_h_last.data_ptr()), static_cast<T*>(d_gates.data_ptr()),
+                  static_cast<float*>(d_h0.data_ptr())},
+      out, walk.order * walk.padded / 8, backward_choices<Product>());
+  return {d_gates, d_h0};
+}
+
+// Calls `use` with the way to multiply: by dtype, float32 by TF32 where that is allowed.
+template <class Use>
+auto with_product(ScalarType dtype, bool tf32, const Use& use) {
+  switch (dtype) {
+    case ScalarType::BFloat16:
+      return use(BFloat16());
+    case ScalarType::Half:
+      return use(Float16());
+    default:
+      return tf32 ? use(Tf32()) : use(Ieee());
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> graph_gru_steps(const Tensor& gates, const Tensor& theta,
+                                                   const Tensor& supports, const OptionalTensor& h0,
+                                                   const OptionalTensor& lengths, bool tf32, bool save) {
+  const Walk walk = describe(gates, theta, supports, lengths);
+  return with_product(gates.scalar_type(), tf32,
+                      [&](auto product) { return forward_as<decltype(product)>(gates, walk, h0, save); });
+}
+
+std::tuple<Tensor, Tensor> graph_gru_steps_backward(const Tensor& grad_out, const Tensor& grad_h_last,
+                                                    const Tensor& out, const Tensor& saved,
+                                                    const Tensor& theta, const Tensor& supports,
+                                                    const OptionalTensor& h0, const OptionalTensor& lengths,
+                                                    bool tf32) {
+  const Tensor d_gates =
+      torch::stable::new_empty(saved, {out.size(2), out.size(0), out.size(1), saved.size(3)});
+  const Walk walk = describe(d_gates, theta, supports, lengths);
+  return with_product(out.scalar_type(), tf32, [&](auto product) {
+    return backward_as<decltype(product)>(grad_out, grad_h_last, out, saved, d_gates, walk, h0);
+  });
+}
+
+}  // namespace
+
+#ifdef __CUDACC__
+STABLE_TORCH_LIBRARY_IMPL(aufast, CUDA, m) {
+#else  // the emulator's
+STABLE_TORCH_LIBRARY_IMPL(aufast, CPU, m) {
+#endif
+  m.impl("graph_gru_steps", TORCH_BOX(&graph_gru_steps));
+  m.impl("graph_gru_steps_backward", TORCH_BOX(&graph_gru_steps_backward));
+}
