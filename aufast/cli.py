@@ -1,13 +1,16 @@
-"""The command `aufast`: the first run on a photograph, who can compute here, and data sets."""
+"""The command `aufast`: the first run on a photograph, labelling, data sets, training and evaluation."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 
 import aufast
+
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again; a scheduler may requeue on it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -17,7 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: words after the command's name; None for those of the process.
 
     Returns:
-        The exit status: 0, or 1 where the input could not be used, with one sentence on stderr.
+        The exit status: 0; 1 where the input could not be used, with one sentence on stderr; 75 where SIGTERM
+        stopped a training that goes on when it is resumed.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -53,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 
     data = commands.add_parser("data", help="check, prepare or synthesize a data set")
     _add_data_commands(data.add_subparsers(required=True, metavar="COMMAND"))
+    _add_training_commands(commands)
     return parser
 
 
@@ -131,6 +136,26 @@ def _add_data_commands(commands: argparse._SubParsersAction) -> None:
         command.add_argument("--workers", type=int, default=1, help="processes (default: %(default)s)")
 
 
+def _add_training_commands(commands: argparse._SubParsersAction) -> None:
+    for name, run, what in (
+        ("train", _train, "train a model on packed data, also under torchrun"),
+        ("ablation", _ablation, "train every variant of a model and print the paper's table"),
+    ):
+        command = commands.add_parser(name, help=what)
+        command.add_argument("system", choices=("margl", "aar"))
+        command.add_argument("options", nargs=argparse.REMAINDER, help=f"see `aufast {name} SYSTEM --help`")
+        command.set_defaults(run=run)
+
+    evaluate = commands.add_parser("evaluate", help="test finished runs and print the papers' tables beside")
+    evaluate.add_argument("runs", nargs="+", metavar="RUN", help="folders of `aufast train`, one a part")
+    evaluate.add_argument("--out", metavar="DIR", help="where the table goes; default: the run, if it is one")
+    evaluate.add_argument("--checkpoint", dest="link", choices=("best", "last"), default="best")
+    evaluate.add_argument("--data", metavar="DIR", default="", help="the packed data, where they have moved")
+    evaluate.add_argument("--device", default="auto")
+    evaluate.add_argument("--loaders", type=int, default=0, help="processes that load (default: 0)")
+    evaluate.set_defaults(run=_evaluate)
+
+
 def _demo(options: argparse.Namespace) -> int:
     from aufast.demo import run_demo
 
@@ -193,6 +218,60 @@ def _data_synthesize(options: argparse.Namespace) -> int:
     names = ("layout", "subjects", "videos", "frames", "size", "seed", "occluders")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     print(f"SYNTHETIC faces are in {synthesize(options.root, Recipe(**given), options.workers)}")
+    return 0
+
+
+def _run_options(command: str, system: str) -> argparse.ArgumentParser:
+    """What `train` and `ablation` take besides the settings of the run."""
+    parser = argparse.ArgumentParser(
+        prog=f"aufast {command} {system}", add_help=False, allow_abbrev=False, exit_on_error=False
+    )
+    parser.add_argument("--config", metavar="RECIPE|FILE", default="")
+    parser.add_argument("--out", metavar="DIR", default="")
+    return parser
+
+
+def _train(options: argparse.Namespace) -> int:
+    from aufast.train.loop import train
+    from aufast.train.options import parse_run
+
+    also = _run_options("train", options.system)
+    also.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    config, others = parse_run(options.system, options.options, also)
+    if not train(config, others.out, resume=others.resume):
+        print(f"stopped; the same command with --resume goes on with {others.out}", file=sys.stderr)
+        return STOPPED
+    return 0
+
+
+def _ablation(options: argparse.Namespace) -> int:
+    from aufast.train.ablation import ablate
+    from aufast.train.options import parse_run
+
+    also = _run_options("ablation", options.system)
+    also.add_argument("--variants", nargs="+", default=(), help="default: all of the system")
+    also.add_argument("--parts", nargs="+", type=int, default=(1, 2, 3), help="default: 1 2 3")
+    also.add_argument("--seeds", nargs="+", type=int, default=(0,), help="default: 0")
+    config, others = parse_run(options.system, options.options, also)
+    text = ablate(config, others.out, variants=others.variants, parts=others.parts, seeds=others.seeds)
+    if text is None:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return STOPPED
+    print(text)
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from aufast.train.report import evaluate_runs
+
+    if options.out is None and len(options.runs) > 1:
+        raise ValueError("--out: name a folder for the table of several runs")
+    evaluation = evaluate_runs(
+        options.runs, link=options.link, root=options.data, device=options.device, loaders=options.loaders
+    )
+    if int(os.environ.get("RANK", 0)) == 0:
+        evaluation.save(options.out or options.runs[0])
+        print(evaluation.text())
     return 0
 
 

@@ -23,23 +23,24 @@ class Progress:
     Args:
         what: is being done.
         total: number of units.
+        done: how many of them were done before.
         every: seconds between lines where there is no terminal.
     """
 
-    def __init__(self, what: str, total: int, every: float = 10.0):
-        self.what, self.total, self.done = what, total, 0
+    def __init__(self, what: str, total: int, done: int = 0, every: float = 10.0):
+        self.what, self.total, self.done, self._before = what, total, done, done
         self._terminal = sys.stderr.isatty()
         self._every = 0.2 if self._terminal else every
         self._start = self._last = time.monotonic()
 
-    def update(self) -> None:
-        """Count a unit as done."""
+    def update(self, note: str = "") -> None:
+        """Count a unit as done; `note` says more about it."""
         self.done += 1
         now = time.monotonic()
         if now - self._last >= self._every:
             self._last = now
-            left = (now - self._start) / self.done * (self.total - self.done)
-            self._write(f"{self.what}: {self.done} of {self.total}, {left:.0f} s left")
+            left = (now - self._start) / (self.done - self._before) * (self.total - self.done)
+            self._write(f"{self.what}: {self.done} of {self.total}, {left:.0f} s left{note}")
 
     def close(self) -> None:
         """The last line: how many, how long."""

@@ -39,6 +39,25 @@ class F1Result:
         """The AUs whose F1 is undefined, which the mean leaves out."""
         return tuple(au for au, f1 in zip(self.aus, self.f1, strict=True) if f1 != f1)
 
+    @classmethod
+    def pooled(cls, results: Sequence[F1Result]) -> F1Result:
+        """F1-frame of all frames of several results together.
+
+        Args:
+            results: at least one, of the same AUs and of different frames.
+
+        Returns:
+            what one metric would have found that had seen them all.
+
+        Raises:
+            ValueError: there is none, or their AUs differ.
+        """
+        if not results or any(result.aus != results[0].aus for result in results):
+            raise ValueError(f"results must be of the same AUs, got {[result.aus for result in results]}")
+        names = ("true_positives", "false_positives", "false_negatives", "frames")
+        rows = [[sum(c) for c in zip(*(getattr(r, n) for r in results), strict=True)] for n in names]
+        return _from_counts(results[0].aus, rows)
+
     def table(self) -> str:
         """Return a table for people, one line an AU, the mean last.
 
@@ -165,15 +184,24 @@ class F1Frame:
         Returns:
             the result, with NaN for AUs that are undefined.
         """
-        tp, fp, fn, frames = (tuple(row) for row in self._counts.tolist())
-        f1 = tuple(map(_f1, tp, fp, fn))
-        defined = [value for value in f1 if value == value]
-        mean = sum(defined) / len(defined) if defined else float("nan")
-        return F1Result(self.aus, f1, mean, tp, fp, fn, frames)
+        return _from_counts(self.aus, self._counts.tolist())
 
     def _check_local(self) -> None:
         if self._reduced:
             raise RuntimeError("the counts are already summed over all processes: call reset() to start anew")
+
+
+def _from_counts(aus: tuple[int, ...], counts: Sequence[Sequence[int]]) -> F1Result:
+    """The result of true positives, false positives, false negatives and coded frames, each of m AUs."""
+    tp, fp, fn, frames = map(tuple, counts)
+    f1 = tuple(map(_f1, tp, fp, fn))
+    return F1Result(aus, f1, mean_defined(f1), tp, fp, fn, frames)
+
+
+def mean_defined(values: Sequence[float]) -> float:
+    """The mean of the values that are not NaN; NaN where all are."""
+    defined = [value for value in values if value == value]
+    return sum(defined) / len(defined) if defined else float("nan")
 
 
 def _f1(tp: int, fp: int, fn: int) -> float:

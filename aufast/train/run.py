@@ -1,0 +1,170 @@
+"""A run's folder: its settings, who is in which part, and what was measured.
+
+RUN/config.json     the settings; --resume refuses others
+RUN/split.json      the data, and the subjects of training, validation and test
+RUN/metrics.jsonl   a line every few steps and one an epoch
+RUN/checkpoints/    see `aufast.train.checkpoint`
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from aufast.data.files import locked, write_whole
+from aufast.data.packed import read_json
+from aufast.models import AARConfig, MARGLConfig
+from aufast.train.batches import Split
+from aufast.train.checkpoint import remove_unlinked
+from aufast.train.config import AARRun, DataConfig, MARGLRun, OptimizerConfig, StageConfig
+
+CONFIG, SPLIT, METRICS = "config.json", "split.json", "metrics.jsonl"
+FORMAT_VERSION = 1
+
+# What may differ when a run goes on: where things are, and what is written down.
+_FREE = (
+    "data.root",
+    "data.loaders",
+    "device",
+    "save_every",
+    "log_every",
+    "tensorboard",
+    "initial",
+    "imagenet",
+)
+
+
+def describe(config: MARGLRun | AARRun) -> dict[str, Any]:
+    """A run's settings as JSON holds them."""
+    system = "margl" if isinstance(config, MARGLRun) else "aar"
+    values = {"format_version": FORMAT_VERSION, "system": system, **dataclasses.asdict(config)}
+    return json.loads(json.dumps(values))
+
+
+def read_config(run: Path) -> MARGLRun | AARRun:
+    """The settings of a run that exists.
+
+    Raises:
+        ValueError: the folder holds none, or they are of a newer version.
+    """
+    values = read_json(run / CONFIG, "not a training run")
+    if values.pop("format_version", FORMAT_VERSION + 1) > FORMAT_VERSION:
+        raise ValueError(f"{run / CONFIG}: written by a newer aufast; update aufast")
+    try:
+        cls, model = {"margl": (MARGLRun, MARGLConfig), "aar": (AARRun, AARConfig)}[values.pop("system")]
+        stages = {
+            name: _stage(values.pop(name)) for name in ("regions", "attention", "graph") if name in values
+        }
+        parts = {"data": _build(DataConfig, values.pop("data")), "model": _build(model, values.pop("model"))}
+        return cls(**values, **parts, **stages)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{run / CONFIG}: damaged: {error!r} does not fit") from error
+
+
+def _stage(values: dict[str, Any]) -> StageConfig:
+    return StageConfig(optimizer=_build(OptimizerConfig, values.pop("optimizer")), **values)
+
+
+def _build(cls: type, values: dict[str, Any]) -> Any:
+    return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
+@contextlib.contextmanager
+def open_run(run: Path, config: MARGLRun | AARRun, split: Split, resume: bool) -> Iterator[None]:
+    """Make or take over a run's folder, and keep others out of it.
+
+    Raises:
+        ValueError: the folder holds something and `resume` is False, its settings differ, or another process
+            is at work on it.
+    """
+    if not resume and run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise ValueError(f"{run}: already exists; --resume goes on with it, or name a new folder")
+    run.mkdir(parents=True, exist_ok=True)
+    with locked(run, "training"):
+        if (run / CONFIG).exists():
+            _compare(run, config)
+        else:
+            about = {"root": str(split.packed.root), "dataset": split.packed.dataset}
+            about |= {"synthetic": split.packed.synthetic, **split.subjects()}
+            write_whole(run / SPLIT, (json.dumps(about, indent=1) + "\n").encode())
+            write_whole(run / CONFIG, (json.dumps(describe(config), indent=1) + "\n").encode())
+        remove_unlinked(run)
+        yield
+
+
+def _compare(run: Path, config: MARGLRun | AARRun) -> None:
+    before, now = (_flat(describe(c)) for c in (read_config(run), config))
+    for key in before.keys() | now.keys():
+        if key not in _FREE and before.get(key) != now.get(key):
+            raise ValueError(f"{run}: was begun with {key} {before.get(key)}, not {now.get(key)}")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+class Log:
+    """The run's measurements: metrics.jsonl always, TensorBoard where it is wanted.
+
+    Args:
+        run: the run's folder.
+        start: bytes of metrics.jsonl that the checkpoint knows; later lines are of steps that are done again.
+        tensorboard: write TensorBoard's files too.
+        active: False for processes that write nothing.
+
+    Raises:
+        ImportError: TensorBoard is wanted and not installed.
+        ValueError: metrics.jsonl has fewer bytes than `start`.
+    """
+
+    def __init__(self, run: Path, start: int, tensorboard: bool, active: bool):
+        self._file = self._board = None
+        if not active:
+            return
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ImportError(
+                    "tensorboard is not installed: pip install 'aufast[tensorboard]'"
+                ) from error
+            self._board = SummaryWriter(run / "tensorboard")
+        self._file = open(run / METRICS, "ab")
+        if self._file.tell() < start:
+            raise ValueError(f"{run / METRICS}: was cut short: the last checkpoint knows {start} bytes of it")
+        self._file.truncate(start)
+        self._file.seek(start)
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for sink in (self._file, self._board):
+            if sink is not None:
+                sink.close()
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Add a line; numbers go to TensorBoard too."""
+        if self._file is None:
+            return
+        self._file.write((json.dumps({"step": step, **values}) + "\n").encode())
+        if self._board is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(name, value, step)
+
+    def sync(self) -> int:
+        """Have all lines on disk; returns their bytes."""
+        if self._file is None:
+            return 0
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()

@@ -1,0 +1,18 @@
+"""Data that every run of these tests trains on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from aufast.data import Recipe, prepare_dataset, synthesize
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six synthetic subjects with a video of 24 frames each, two subjects in each part of BP4D's folds."""
+    folder = tmp_path_factory.mktemp("train")
+    synthesize(folder / "synthetic", Recipe(subjects=6, videos=1, frames=24, size=64, seed=3))
+    prepare_dataset(folder / "synthetic", folder / "packed", size=40)
+    return folder / "packed"
