@@ -90,6 +90,7 @@ def _add_label_command(commands: argparse._SubParsersAction) -> None:
     label.add_argument("--one-based", action="store_true", help="coordinates in them count from 1")
     label.add_argument("--landmarks", metavar="FILE", help="dlib's 68-point model")
     label.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: auto")
+    label.add_argument("--dtype", choices=("float32", "bfloat16"), help="of feature maps (default: float32)")
     for name, kind, what in (
         ("threshold", float, "an AU is present from this probability on (default: 0.5)"),
         ("detect-every", int, "detect in every K-th frame, follow faces between (default: 1)"),
@@ -163,8 +164,21 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _backends(options: argparse.Namespace) -> int:
+    import torch
+    from torch import zeros
+
     for name, state in aufast.backends().items():
         print(f"{name:<10} {state}")
+    calls = {
+        "roi_crop": (zeros(1, 8, 12, 12), zeros(1, 2, 4)),
+        "graph_conv": (zeros(1, 12, 8), zeros(12, 4), zeros(12, 4), zeros(4, 8, 8)),
+        "graph_gru": (zeros(1, 2, 12, 8), zeros(12, 4), zeros(12, 4), *zeros(3, 4, 16, 8)),
+        "region_conv": (zeros(1, 8, 16, 16), zeros(2, 2, 8, 8, 3, 3)),
+    }
+    print("\nchosen where nobody asks:")
+    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+        for name, tensors in calls.items():
+            print(f"  {aufast.explain(getattr(aufast.ops, name), *(t.to(device) for t in tensors))}")
     return 0
 
 

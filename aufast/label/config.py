@@ -40,6 +40,7 @@ class LabelConfig:
         batch: faces a call of the model.
         workers: detection threads; each has a detector of its own.
         device: "auto", "cpu" or "cuda".
+        dtype: "float32" or "bfloat16", of feature maps; a model that was saved optimized keeps its own.
         timeout: seconds an input may take; 0 is no limit.
         memory: bytes the decoder may take.
         max_pixels: larger frames and images are refused.
@@ -62,6 +63,7 @@ class LabelConfig:
     batch: int = 16
     workers: int = 2
     device: str = "auto"
+    dtype: str = "float32"
     timeout: float = 0.0
     memory: int = 4 << 30
     max_pixels: int = 80_000_000
@@ -89,6 +91,8 @@ class LabelConfig:
                 raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {name!r}")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"device must be auto, cpu or cuda, got {self.device!r}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype must be float32 or bfloat16, got {self.dtype!r}")
 
     def fingerprint(self) -> str:
         """SHA-256 of every setting that the tables depend on; models and face files are hashed by content."""

@@ -17,9 +17,10 @@ from aufast.label.config import InputError, LabelConfig
 from aufast.label.files import is_image, writing
 from aufast.label.finding import FaceStage, Seen
 from aufast.label.given import GivenFace, read_faces
-from aufast.label.recognizing import Recognizer, load_recognizer
+from aufast.label.recognizing import Recognizer
 from aufast.label.tables import Sink, columns, rows
 from aufast.label.video import Frame, VideoReader
+from aufast.models import load_model
 
 OpenSinks = Callable[[bool], Sequence[Sink]]
 
@@ -79,8 +80,12 @@ class Labeler:
         """The model, loaded."""
         if self._recognizer is None:
             config = self.config
-            self._recognizer = load_recognizer(
-                config.model, config.batch, config.device, config.overlay or config.report
+            self._recognizer = Recognizer(
+                load_model(config.model),
+                config.batch,
+                config.device,
+                config.dtype,
+                keep_regions=config.overlay or config.report,
             )
         return self._recognizer
 

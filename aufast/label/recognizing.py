@@ -11,7 +11,8 @@ import torch
 from aufast.faces import au_centers
 from aufast.label.config import InputError
 from aufast.label.finding import FORGET, FoundFace, Seen
-from aufast.models import AAR, MARGL, load_model, to_input
+from aufast.models import AAR, MARGL, optimize_for_inference, to_input
+from aufast.models.streaming import AARStream
 
 
 class Recognizer:
@@ -24,6 +25,7 @@ class Recognizer:
         model: in evaluation mode.
         batch: faces a call; halved for good when memory runs out.
         device: "auto", "cpu" or "cuda".
+        dtype: "float32" or "bfloat16", of feature maps; a model that was saved optimized keeps its own.
         keep_regions: also keep what overlays show.
 
     Attributes:
@@ -33,7 +35,14 @@ class Recognizer:
         ValueError: the model averages over whole clips, or the device is not there.
     """
 
-    def __init__(self, model: MARGL | AAR, batch: int, device: str = "auto", keep_regions: bool = False):
+    def __init__(
+        self,
+        model: MARGL | AAR,
+        batch: int,
+        device: str = "auto",
+        dtype: str = "float32",
+        keep_regions: bool = False,
+    ):
         if model.name == "aa-gsp-tavg":
             raise ValueError(
                 "aa-gsp-tavg averages over a whole clip, so it has no label for a frame; use aa-gsp"
@@ -42,16 +51,18 @@ class Recognizer:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         elif device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device cuda was asked for, but PyTorch sees no CUDA device")
-        self.model = model.float().to(device)
+        if model.inference_dtype is None:
+            model = optimize_for_inference(model.float().to(device), getattr(torch, dtype))
+        self.model = model.to(device)
         self.device = device
         self.batch = batch
         self.seconds = 0.0
         self._keep_regions = keep_regions
-        self._states: dict[int, tuple[int, tuple[torch.Tensor, ...]]] = {}  # face_id: last frame, state
+        self._streams: dict[int, tuple[int, AARStream]] = {}  # face_id: last frame, stream
 
     def reset(self) -> None:
         """Forget every face: another input begins."""
-        self._states.clear()
+        self._streams.clear()
         self.seconds = 0.0
 
     @torch.inference_mode()
@@ -72,7 +83,7 @@ class Recognizer:
             for stream in streams.values():
                 self._in_pieces(stream, self._clip)
             now = frames[-1].index if frames else 0
-            self._states = {k: v for k, v in self._states.items() if now - v[0] <= FORGET}
+            self._streams = {k: v for k, v in self._streams.items() if now - v[0] <= FORGET}
         for _, face in faces:
             if not np.isfinite(face.probabilities).all():
                 face.probabilities, face.trouble = None, "the model gives numbers that are not finite"
@@ -110,23 +121,17 @@ class Recognizer:
     def _clip(self, faces: list[tuple[int, FoundFace]]) -> None:
         name, (last, _) = faces[0][1].face_id, faces[-1]
         pixels = np.stack([face.aligned.image for _, face in faces])  # (T, S, S, 3)
-        _, state = self._states.get(name, (0, None))
-        found = self.model(self._input(pixels)[None], state)
-        if found.state is not None:
-            self._states[name] = (last, found.state)
-        probabilities = found.probabilities[0].cpu().numpy()  # (T, m)
+        _, stream = self._streams.get(name) or (0, self.model.stream(chunk=self.batch))
+        found = stream(self._input(pixels))
+        self._streams[name] = (last, stream)
+        probabilities = found.probabilities.cpu().numpy()  # (T, m)
         for k, (_, face) in enumerate(faces):
             face.probabilities = probabilities[k]
             if self._keep_regions and found.attention is not None:
-                face.attention = found.attention[0, k].amax(0).cpu().numpy()  # (s, s): over all AUs
+                face.attention = found.attention[k].amax(0).cpu().numpy()  # (s, s): over all AUs
 
     def _input(self, pixels: np.ndarray) -> torch.Tensor:
         return to_input(torch.from_numpy(pixels).to(self.device), self.model.config)
-
-
-def load_recognizer(folder: str, batch: int, device: str, keep_regions: bool) -> Recognizer:
-    """A `Recognizer` of the model in a folder."""
-    return Recognizer(load_model(folder), batch, device, keep_regions)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
