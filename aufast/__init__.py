@@ -2,8 +2,17 @@
 
 from aufast import models, nn, ops
 from aufast.models.inference import optimize_for_inference
-from aufast.ops.backends import backends, use_backend
+from aufast.ops.backends import backends, explain, use_backend
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "backends", "models", "nn", "ops", "optimize_for_inference", "use_backend"]
+__all__ = [
+    "__version__",
+    "backends",
+    "explain",
+    "models",
+    "nn",
+    "ops",
+    "optimize_for_inference",
+    "use_backend",
+]

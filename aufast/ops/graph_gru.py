@@ -73,7 +73,7 @@ def graph_gru(
     h0 = keep_float(h0, x)
     parameters = (U, Q, W_z, W_r, W_h, h0, b_z, b_r, b_h)
     _check(x, parameters, lengths, code)
-    chosen = choose("graph_gru", x, backend)
+    chosen = choose("graph_gru", x, backend, lambda: graph_gru_cuda.cannot_run(x, W_z))
     if chosen == "reference":
         pools = None if b_z is None else (b_z, b_r, b_h)
         return reference.graph_gru(

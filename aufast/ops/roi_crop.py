@@ -22,6 +22,10 @@ from aufast.ops.registration import (
     vector_jacobian,
 )
 
+# Of the compiled CUDA kernel: a row of a crop's gradients must fit a block's shared memory, a pixel 16 bits.
+MOST_CROP_WIDTH = 640
+MOST_SIDE = 2**15 - 1
+
 
 def roi_crop(
     features: Tensor,
@@ -56,10 +60,18 @@ def roi_crop(
     rois = keep_float(rois, features)
     _check(features, rois, align_corners)
     height, width = output_size("roi_crop", "size", size)
-    chosen = choose("roi_crop", features, backend)
+    chosen = choose("roi_crop", features, backend, lambda: _cuda_limit(features, width, height))
     if chosen == "reference":
         return reference.roi_crop(features, rois, (height, width), align_corners=align_corners)
     return operator("roi_crop", chosen)(features, rois, height, width, align_corners)
+
+
+def _cuda_limit(features: Tensor, width: int, height: int) -> str | None:
+    """The reason why the compiled CUDA kernel does not take these sizes, or None."""
+    if width > MOST_CROP_WIDTH:
+        return f"it takes crops of at most {MOST_CROP_WIDTH} columns, and came {width}"
+    side = max(height, *features.shape[-2:])
+    return None if side <= MOST_SIDE else f"it takes sides of at most {MOST_SIDE} pixels, and came {side}"
 
 
 def _check(features: Tensor, rois: Tensor, align_corners: bool) -> None:

@@ -286,23 +286,15 @@ void forward(const T* features, const R* rois, T* out, const Shape& s, bool chan
   });
 }
 
-// Adds the tiles' terms in their fixed order and takes them from pixels to the coordinates of the ROI.
+// Adds the tiles' terms in their fixed order.
 template <class R>
 void finish_rois(const double* terms, int64_t tiles, const Shape& s, R* grad_rois) {
-  const double half_w = half_span(s.width, s.align_corners), half_h = half_span(s.height, s.align_corners);
   for (int64_t n = 0; n < s.batch * s.rois; ++n) {
-    double t[kTerms] = {};
+    double sums[kTerms] = {};
     for (int64_t tile = 0; tile < tiles; ++tile) {
-      for (int k = 0; k < kTerms; ++k) t[k] += *terms++;
+      for (int k = 0; k < kTerms; ++k) sums[k] += *terms++;
     }
-    if (s.boxes) {
-      const double per_w = half_w / s.width, per_h = half_h / s.height;
-      const double box[4] = {(t[2] - t[0]) * per_w, (t[5] - t[4]) * per_h, (t[2] + t[0]) * per_w,
-                             (t[5] + t[4]) * per_h};
-      for (int k = 0; k < 4; ++k) *grad_rois++ = static_cast<R>(box[k]);
-    } else {
-      for (int k = 0; k < 6; ++k) *grad_rois++ = static_cast<R>(t[k] * (k < 3 ? half_w : half_h));
-    }
+    to_roi_gradient(sums, s, grad_rois + n * s.roi_size());
   }
 }
 

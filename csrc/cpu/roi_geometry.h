@@ -2,18 +2,14 @@
 // double, and shared by all channels.
 #pragma once
 
-#include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <vector>
 
+#include "../common/roi_region.h"
+
 namespace {
 
-struct Shape {
-  int64_t batch, rois, channels, height, width, out_height, out_width;
-  bool boxes, align_corners;
-  int64_t roi_size() const { return boxes ? 4 : 6; }
-};
+using Shape = CropShape;
 
 // The taps of one ROI. Indices are map pixels, -1 or the map's size where outside. Separable: one entry per
 // output column and per output row, else one per output point in both. Normalised coordinates are
@@ -26,56 +22,6 @@ struct Taps {
   bool finite, separable;
 };
 
-// Half the number of pixels that the normalised interval [-1, 1] spans.
-double half_span(int64_t size, bool align_corners) {
-  return 0.5 * static_cast<double>(align_corners ? size - 1 : size);
-}
-
-// ix = xx·x̂ + xy·ŷ + x0 in pixels of the map, iy alike.
-struct Region {
-  double xx, xy, x0, yx, yy, y0;
-  bool finite;
-};
-
-template <class A, class R>
-Region read_region(const R* roi, const Shape& s) {
-  const double half_w = half_span(s.width, s.align_corners), half_h = half_span(s.height, s.align_corners);
-  const double centre = s.align_corners ? 0.0 : -0.5;
-  if (s.boxes) {
-    const A a[4] = {static_cast<A>(roi[0]), static_cast<A>(roi[1]), static_cast<A>(roi[2]),
-                    static_cast<A>(roi[3])};
-    const double x1 = a[0], y1 = a[1], x2 = a[2], y2 = a[3], per_w = half_w / s.width,
-                 per_h = half_h / s.height;
-    // The definition judges the affine matrix, in the type it computes in: a box may overflow there.
-    const bool finite = std::isfinite(a[2] - a[0]) && std::isfinite(a[0] + a[2]) &&
-                        std::isfinite(a[3] - a[1]) && std::isfinite(a[1] + a[3]);
-    return {(x2 - x1) * per_w,          0,     (x1 + x2) * per_w + centre, 0, (y2 - y1) * per_h,
-            (y1 + y2) * per_h + centre, finite};
-  }
-  double theta[6];
-  for (int k = 0; k < 6; ++k) theta[k] = static_cast<A>(roi[k]);
-  return {theta[0] * half_w,
-          theta[1] * half_w,
-          (theta[2] + 1) * half_w + centre,
-          theta[3] * half_h,
-          theta[4] * half_h,
-          (theta[5] + 1) * half_h + centre,
-          std::all_of(theta, theta + 6, [](double value) { return std::isfinite(value); })};
-}
-
-// One coordinate's cell: NaN and infinity fail the test, and behind it the conversion to an integer is safe.
-template <class A>
-void find_cell(double position, int64_t size, int32_t& lo, int32_t& hi, A& weight_lo, A& weight_hi) {
-  lo = hi = -1;
-  weight_lo = weight_hi = 0;
-  if (!(position > -1 && position < static_cast<double>(size))) return;
-  // Truncation of what is positive is its floor.
-  lo = static_cast<int32_t>(static_cast<int64_t>(position + 1) - 1);
-  hi = lo + 1;
-  weight_lo = static_cast<A>(hi - position);
-  weight_hi = static_cast<A>(position - lo);
-}
-
 // The taps of some ROIs of one image.
 template <class A>
 class Geometry {
@@ -86,10 +32,11 @@ class Geometry {
         rows_(s.boxes ? s.out_height : columns_),
         normal_(s.out_width + s.out_height) {
     for (int64_t u = 0; u < s.out_width; ++u) {
-      normal_[u] = static_cast<A>(numerator(u, s.out_width) / divisor(s.out_width));
+      normal_[u] = static_cast<A>(numerator(u, s.out_width) / divisor(s.out_width, s.align_corners));
     }
     for (int64_t v = 0; v < s.out_height; ++v) {
-      normal_[s.out_width + v] = static_cast<A>(numerator(v, s.out_height) / divisor(s.out_height));
+      normal_[s.out_width + v] =
+          static_cast<A>(numerator(v, s.out_height) / divisor(s.out_height, s.align_corners));
     }
   }
 
@@ -125,13 +72,6 @@ class Geometry {
   }
 
  private:
-  // Normalised coordinate of output pixel u of n times a divisor, kept apart so that round numbers stay
-  // exact.
-  static double numerator(int64_t u, int64_t n) { return static_cast<double>(2 * u + 1 - n); }
-  double divisor(int64_t n) const {
-    return static_cast<double>(shape_.align_corners ? std::max<int64_t>(n - 1, 1) : n);
-  }
-
   void place(int64_t n, const Region& r) {
     const Shape& s = shape_;
     finite_[n] = r.finite;
@@ -146,7 +86,7 @@ class Geometry {
       const int64_t lo = 2 * columns_ + k, hi = lo + rows_;
       find_cell(y, s.height, index[lo], index[hi], weight[lo], weight[hi]);
     };
-    const double by_x = divisor(s.out_width), by_y = divisor(s.out_height);
+    const double by_x = divisor(s.out_width, s.align_corners), by_y = divisor(s.out_height, s.align_corners);
     if (separable_[n]) {
       for (int64_t u = 0; u < s.out_width; ++u) column(u, r.xx * numerator(u, s.out_width) / by_x + r.x0);
       for (int64_t v = 0; v < s.out_height; ++v) row(v, r.yy * numerator(v, s.out_height) / by_y + r.y0);

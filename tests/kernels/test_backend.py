@@ -12,7 +12,7 @@ import torch
 from aufast.ops import backends
 from tests.samples import TYPICAL, Sample, assert_same, differences_agree, run
 
-ON_A_GPU = SimpleNamespace(device=torch.device("cuda"))
+ON_A_GPU = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
 
 
 @pytest.fixture
@@ -21,6 +21,7 @@ def with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(backends._missing, "triton", None)
     monkeypatch.setitem(backends._kernels, "triton", frozenset(backends.OPERATORS))
     monkeypatch.setitem(backends._kernels, "cuda", frozenset())
+    monkeypatch.setattr(backends, "_too_old", lambda index: None)
 
 
 @pytest.mark.parametrize("operator", backends.OPERATORS)

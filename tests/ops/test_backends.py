@@ -59,6 +59,89 @@ def test_auto_takes_the_compiled_kernel_where_there_is_one(operator: str) -> Non
         assert backends.choose(operator, torch.empty(0, device="meta"), None) == "reference"
 
 
+class OnAGpu(torch.Tensor):
+    """A CPU tensor that says it is on a GPU: no kernel runs, who would is what counts."""
+
+    device = torch.device("cuda", 0)
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+@pytest.fixture
+def with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine with a GPU where everything is installed."""
+    for name, kernels in (("cuda", ("roi_crop", "graph_gru")), ("triton", backends.OPERATORS)):
+        monkeypatch.setitem(backends._missing, name, None)
+        monkeypatch.setitem(backends._kernels, name, frozenset(kernels))
+    monkeypatch.setitem(backends._devices, "triton", ("cuda",))
+    monkeypatch.setattr(backends, "_too_old", lambda index: None)
+
+
+def explained(operator: str, dtype: torch.dtype = torch.float32, limit: str | None = None) -> str:
+    def call() -> None:
+        backends.choose(operator, torch.empty(0, dtype=dtype).as_subclass(OnAGpu), None, lambda: limit)
+
+    return backends.explain(call)
+
+
+def test_on_a_gpu_operator_dtype_and_sizes_decide(with_a_gpu: None) -> None:
+    assert explained("roi_crop") == (
+        "roi_crop of float32 on cuda:0: cuda, the first that can of those for cuda"
+    )
+    assert explained("graph_conv", torch.bfloat16) == (
+        "graph_conv of bfloat16 on cuda:0: triton, the first that can of those for cuda;"
+        " not cuda: it has no kernel for graph_conv"
+    )
+    assert explained("graph_gru", limit="the graph has 883 nodes") == (
+        "graph_gru of float32 on cuda:0: triton, the first that can of those for cuda;"
+        " not cuda: the graph has 883 nodes"
+    )
+    assert explained("graph_gru", torch.float64) == (
+        "graph_gru of float64 on cuda:0: reference, no kernel takes this call;"
+        " not cuda: it computes float64 by the definition; not triton: it computes float64 by the definition"
+    )
+    assert explained("roi_crop", torch.float64).startswith("roi_crop of float64 on cuda:0: cuda, ")
+
+
+def test_an_old_gpu_is_named(with_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    backends._too_old.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setitem(backends._missing, "cuda", None)
+    monkeypatch.setitem(backends._kernels, "cuda", frozenset(backends.OPERATORS))
+    on_a_gpu = torch.empty(0).as_subclass(OnAGpu)
+    reason = "Tesla T4 has compute capability 7.5, and the kernels need 8.0 or newer"
+    assert backends.can_run("cuda", "roi_crop", on_a_gpu) == reason
+    with pytest.raises(RuntimeError, match=reason):
+        backends.choose("roi_crop", on_a_gpu, "cuda")
+    assert backends.choose("roi_crop", on_a_gpu, "auto") == "reference"
+    backends._too_old.cache_clear()
+
+
+def test_what_a_compiled_kernel_cannot_take_is_an_error_where_it_was_asked_for(with_a_gpu: None) -> None:
+    on_a_gpu = torch.empty(0).as_subclass(OnAGpu)
+    with pytest.raises(RuntimeError, match="graph_gru: the 'cuda' backend cannot run here: 17 nodes"):
+        backends.choose("graph_gru", on_a_gpu, "cuda", lambda: "17 nodes")
+    assert backends.choose("graph_gru", on_a_gpu, "triton", lambda: "17 nodes") == "triton"
+
+
+@pytest.mark.parametrize("operator", CALLS)
+def test_explain_says_who_and_computes_nothing(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = CALLS[operator]
+    inputs = sample.inputs(torch.float32)
+    monkeypatch.setattr(torch.ops.aufast, operator, None)  # a call would fail
+    with through_operators():
+        words = aufast.explain(sample.public, inputs)
+        assert words == f"{operator} of float32 on cpu: cpu, the first that can of those for cpu"
+        assert aufast.explain(sample.public, inputs, "reference").endswith(": reference, asked for")
+    with pytest.raises(RuntimeError, match="the 'cuda' backend cannot run here"):
+        aufast.explain(sample.public, inputs, "cuda")
+    with pytest.raises(ValueError, match="function called no operator"):
+        aufast.explain(len, "")
+    assert not backends._explaining
+
+
 def test_use_backend_sets_and_restores() -> None:
     sample = CALLS["graph_conv"]
     with through_operators():
