@@ -195,7 +195,7 @@ def _label(options: argparse.Namespace) -> int:
     given = {
         field.name: value
         for field in dataclasses.fields(LabelConfig)
-        if (value := getattr(options, field.name, None)) is not None
+        if (value := getattr(options, field.name)) is not None
     }
     if options.formats:
         given["formats"] = tuple(options.formats)

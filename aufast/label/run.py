@@ -24,6 +24,7 @@ from aufast.label.config import AGAIN, FINE, STATUSES, InputError, LabelConfig
 from aufast.label.files import OutputError, Outputs, content_sum, find_inputs, in_shard, output_name, writing
 from aufast.label.labeler import Labeler, Outcome, faces_file
 from aufast.label.pictures import OverlayPicture, OverlayVideo
+from aufast.label.report import ReportPage
 from aufast.label.tables import SUFFIXES, Sink, open_table
 from aufast.models.pretrained import CONFIG, WEIGHTS
 
@@ -199,6 +200,9 @@ class _Run:
         if config.overlay:
             kind, suffix = (OverlayPicture, ".png") if image else (OverlayVideo, ".mp4")
             sinks.append(kind(outputs.path(f".overlay{suffix}"), aus, config))
+        if config.report:
+            facts = [f"model {self.labeler.recognizer.model.name}", f"aufast {aufast.__version__}"]
+            sinks.append(ReportPage(outputs.path(".html"), aus, config, os.path.basename(path), facts))
         return sinks
 
     def _faces_sum(self, path: str) -> str:
