@@ -13,7 +13,7 @@ LEVELS = (
     ("reference", "kernels"),
     ("ops",),
     ("nn",),
-    ("data", "faces", "models"),
+    ("accelerate", "data", "faces", "models"),
     ("train", "label", "plot"),
     ("demo", "cli"),
 )
