@@ -9,7 +9,8 @@ PYTEST := $(PY) -m pytest -q
 .PHONY: help demo test bench lint format asan wheel clean
 
 help:
-	@echo 'make demo    find the face on a photograph, run both models, write pictures and tables'
+	@echo 'make demo    find the face on a photograph, run both models, write pictures and tables;'
+	@echo '             then train small ones on SYNTHETIC faces, which takes minutes'
 	@echo 'make test    every test, the slow ones too (pytest -q leaves those out)'
 	@echo 'make bench   time every operator against the reference and the strongest peers'
 	@echo 'make lint    ruff and clang-format; make format applies them'
@@ -51,6 +52,7 @@ $(VENV)/.built: $(VENV)/.installed $(wildcard csrc/*/*)
 
 demo: $(VENV)/.built
 	$(VENV)/bin/aufast demo
+	$(VENV)/bin/aufast demo --train --out demo/training
 
 test: $(VENV)/.built
 	$(PYTEST) -m ''

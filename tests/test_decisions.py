@@ -16,9 +16,20 @@ import aufast.models.margl
 import aufast.nn
 import aufast.ops
 import aufast.train
+import aufast.train.config
+import aufast.train.evaluate
 
 PAGE = Path(__file__).parent.parent / "docs" / "decisions.md"
-MODULES = (aufast.ops, aufast.nn, aufast.models.margl, aufast.models.aar, aufast.faces, aufast.train)
+MODULES = (
+    aufast.ops,
+    aufast.nn,
+    aufast.models.margl,
+    aufast.models.aar,
+    aufast.faces,
+    aufast.train,
+    aufast.train.config,
+    aufast.train.evaluate,
+)
 OPTIONS = sorted(set(re.findall(r"`(\w+\(\w+=[^`]*\))`", PAGE.read_text(encoding="utf-8"))))
 
 

@@ -128,6 +128,22 @@ def plot_attention(
     return figure
 
 
+def plot_curves(curves: dict[str, tuple[Sequence[int], Sequence[float]]]) -> Figure:
+    """The loss over the steps of training, a panel a stage.
+
+    Args:
+        curves: title to steps and losses.
+    """
+    figure, axes = _panels(max(len(curves), 1), side=3.4)
+    for panel, (title, (steps, losses)) in zip(axes[0], curves.items(), strict=True):
+        panel.plot(steps, losses, color=_ADAPTED, linewidth=1)
+        panel.set_title(title, fontsize=9)
+        panel.set_xlabel("step")
+        panel.set_ylim(bottom=0)
+    axes[0, 0].set_ylabel("loss")
+    return figure
+
+
 def plot_graphs(graphs: dict[str, tuple[np.ndarray, Sequence[int]]]) -> Figure:
     """AU graphs as matrices, one panel each.
 

@@ -12,7 +12,7 @@ from aufast.models import AAR, MARGL
 # Where a tensor holds a part for every AU along its first axis: all AUs in order, once, or once for each half
 # of the face. What no pattern names belongs to no AU.
 _ONCE = re.compile(
-    r"frame\.(branches|head)\.|head\.(weight|bias)$|graph\.\d+\.[UQ]$"
+    r"frame\.(branches|head)\.|head\.(weight|bias)$|relations\.\d+\.[UQ]$"
     r"|backbone\.fc\.|levels\.\d+\.head\.(weight|bias)$"
 )
 _HALVES = re.compile(r"levels\.\d+\.(roi\.scale|regional)\.")

@@ -7,6 +7,7 @@ pytest.importorskip("matplotlib", reason="figures need matplotlib (extra `plot`)
 from matplotlib.patches import Rectangle
 
 from aufast import plot
+from aufast.plot.figures import plot_curves
 
 AUS = (1, 12, 23)
 
@@ -65,3 +66,10 @@ def test_graphs_have_a_panel_each_with_their_own_aus():
     for axes, aus in zip(figure.axes[:2], (["1", "12", "23"], ["4", "6"]), strict=True):
         assert [t.get_text() for t in axes.get_xticklabels()] == aus
         assert [t.get_text() for t in axes.get_yticklabels()] == aus
+
+
+def test_curves_have_a_panel_each():
+    figure = plot_curves({"a: first": ([1, 5], [2.0, 1.0]), "a: second": ([7], [0.5])})
+    lines = [axes.get_lines()[0] for axes in figure.axes]
+    assert [line.get_xydata().tolist() for line in lines] == [[[1, 2.0], [5, 1.0]], [[7, 0.5]]]
+    assert [axes.get_title() for axes in figure.axes] == ["a: first", "a: second"]

@@ -13,7 +13,7 @@ from aufast.train.config import AARRun, DataConfig, MARGLRun, OptimizerConfig, S
 AUS = (12, 6, 10)  # often present, and not in the order of the data's columns
 
 
-def data(root: Path, **options: Any) -> DataConfig:
+def data(root: Path, /, **options: Any) -> DataConfig:
     return DataConfig(**{"root": str(root), "crop": (36, 40), "loaders": 0, "part": 3, **options})
 
 

@@ -1,0 +1,201 @@
+"""What a run may meet: each is a sentence, and nothing half-written is taken for whole."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import math
+import os
+import re
+import shutil
+
+import pytest
+import torch
+
+from aufast.train import checkpoint, train
+from aufast.train.checkpoint import load_checkpoint
+from aufast.train.loop import Trainer
+from aufast.train.objectives import RegionObjective
+from tests.train.runs import MAKERS, metrics, outcome
+
+
+def last(run):
+    return load_checkpoint(run / "last")
+
+
+def test_a_loss_that_is_no_number_names_its_frames_and_keeps_the_last_checkpoint(
+    packed, tmp_path, monkeypatch
+):
+    inner, seen = RegionObjective.forward, []
+
+    def forward(self, batch, counts):
+        seen.append(batch)
+        loss = inner(self, batch, counts)
+        return loss * math.nan if len(seen) == 10 else loss
+
+    monkeypatch.setattr(RegionObjective, "forward", forward)
+    config = MAKERS["margl"](packed, stage={"accumulate": 2, "batch": 4})
+    with pytest.raises(
+        ValueError, match=r"step 5: the loss is nan; the step is not taken and \S+last is kept"
+    ) as error:
+        train(config, tmp_path / "run")
+    names = re.findall(r"([FM]\d{3}_T1) from frame (\d+)", str(error.value))
+    trainer_videos = Trainer(config, tmp_path / "other", _alone()).split.train
+    expected = [
+        (trainer_videos[v].name, str(trainer_videos[v].numbers[f]))
+        for v, f in zip(seen[9]["video"].tolist(), seen[9]["frame"].tolist(), strict=True)
+    ]
+    assert names == expected and len(names) == 4
+    model, _, position = last(tmp_path / "run")
+    assert position.step == 3
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    monkeypatch.undo()
+    assert train(config, tmp_path / "run", resume=True)
+
+
+def _alone():
+    from aufast.train.processes import Processes
+
+    return Processes(0, 1, torch.device("cpu"))
+
+
+def test_a_gradient_that_is_no_number_stops_the_run_too(packed, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda tensors: torch.tensor(math.inf))
+    with pytest.raises(ValueError, match="step 1: the gradient's norm is inf; the step is not taken"):
+        train(MAKERS["aar"](packed), tmp_path / "run")
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(packed, tmp_path, monkeypatch):
+    config = MAKERS["margl"](packed)
+    inner, calls = checkpoint.write_whole, []
+
+    def full(path, data):
+        calls.append(path)
+        if len(calls) == 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return inner(path, data)
+
+    monkeypatch.setattr(checkpoint, "write_whole", full)
+    with pytest.raises(
+        OSError, match=r"run: cannot be written: No space left on device; \S+last is as it was"
+    ):
+        train(config, tmp_path / "run")
+    assert last(tmp_path / "run")[2].step == 3
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1, "nothing half-written stays"
+    monkeypatch.undo()
+    assert train(config, tmp_path / "run", resume=True)
+
+
+def test_a_place_that_cannot_be_written_is_named(packed, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match=r"file/run: cannot be written: Not a directory; nothing was begun"):
+        train(MAKERS["margl"](packed), tmp_path / "file" / "run")
+
+
+def test_a_second_writer_is_refused(packed, tmp_path):
+    config = MAKERS["margl"](packed, epochs=1)
+    assert train(config, tmp_path / "run")
+    with open(tmp_path / "run" / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="run: another process is training it"):
+            train(config, tmp_path / "run", resume=True)
+
+
+def test_a_folder_that_holds_something_is_refused(packed, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="already exists; --resume goes on with it, or name a new folder"):
+        train(MAKERS["margl"](packed), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_other_settings_are_refused_and_free_ones_are_not(packed, tmp_path):
+    assert train(MAKERS["margl"](packed, epochs=1), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"run: was begun with regions.batch 8, not 4"):
+        train(MAKERS["margl"](packed, epochs=1, batch=4), tmp_path / "run", resume=True)
+    with pytest.raises(ValueError, match=r"was begun with (system|.*) "):
+        train(MAKERS["aar"](packed, epochs=1), tmp_path / "run", resume=True)
+    shutil.copytree(packed, tmp_path / "moved")
+    assert train(MAKERS["margl"](tmp_path / "moved", epochs=1, log_every=9), tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.safetensors", "training.json", "SHA256SUMS"]
+)
+def test_a_damaged_checkpoint_is_refused_by_name(packed, tmp_path, name):
+    config = MAKERS["margl"](packed, epochs=1)
+    train(config, tmp_path / "run")
+    path = tmp_path / "run" / "last" / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"last/(SHA256SUMS|model|optimizer|training)"):
+        train(config, tmp_path / "run", resume=True)
+
+
+def test_measurements_that_were_cut_short_are_refused(packed, tmp_path):
+    config = MAKERS["margl"](packed, epochs=1)
+    train(config, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    with pytest.raises(
+        ValueError, match=r"metrics.jsonl: was cut short: the last checkpoint knows \d+ bytes"
+    ):
+        train(config, tmp_path / "run", resume=True)
+
+
+def test_a_run_of_a_newer_version_is_refused(packed, tmp_path):
+    config = MAKERS["margl"](packed, epochs=1)
+    train(config, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 99}))
+    with pytest.raises(ValueError, match="written by a newer aufast"):
+        train(config, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": {"root": "nowhere"}}, "nowhere/index.json: no such file: not a packed data set"),
+        (
+            {"model": {"aus": (12, 25)}},
+            r"labels AUs \(1, .*but the model is for \(12, 25\): AU 25 is missing",
+        ),
+        ({"data": {"part": 4}}, "test_part must be from 1 to 3, got 4"),
+        ({"data": {"split": "groups"}}, "there is nothing to train on"),
+        ({"data": {"crop": (36, 48)}}, "a crop of 48 pixels does not fit a face of 40"),
+        ({"data": {"validation": "subjects", "validation_subjects": 4}}, "there are 4 training subjects"),
+        ({"batch": 1000}, r"a step takes 1000 × 1 × 1 .* but there are 96 to train on"),
+        ({"device": "tpu9"}, "device must be auto, cpu, cuda or cuda:N, got 'tpu9'"),
+        ({"initial": "nowhere"}, "nowhere/SHA256SUMS: no such file"),
+    ],
+)
+def test_settings_that_cannot_be_are_one_sentence(packed, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        train(MAKERS["margl"](packed, **options), tmp_path / "run")
+
+
+def test_tensorboard_that_is_not_there_is_named(packed, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match=r"pip install 'aufast\[tensorboard\]'"):
+        train(MAKERS["margl"](packed, tensorboard=True), tmp_path / "run")
+
+
+def test_tensorboard_gets_the_same_numbers(packed, tmp_path):
+    pytest.importorskip("tensorboard", reason="writes TensorBoard's files")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(MAKERS["margl"](packed, epochs=1, tensorboard=True), tmp_path / "run")
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars("loss")]
+    expected = [(line["step"], line["loss"]) for line in metrics(tmp_path / "run") if "loss" in line]
+    assert [step for step, _ in found] == [step for step, _ in expected]
+    assert [value for _, value in found] == pytest.approx([value for _, value in expected])
+
+
+def test_the_same_seed_is_the_same_run_with_any_number_of_loaders(packed, tmp_path):
+    for loaders in (0, 2):
+        train(MAKERS["margl"](packed, epochs=1, data={"loaders": loaders}), tmp_path / str(loaders))
+    assert outcome(tmp_path / "0") == outcome(tmp_path / "2")
+    train(MAKERS["margl"](packed, epochs=1, seed=1), tmp_path / "other")
+    assert outcome(tmp_path / "other") != outcome(tmp_path / "0")

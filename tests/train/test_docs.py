@@ -1,0 +1,61 @@
+"""The page that walks to the tables: every command on it is one, and its choices are the recipes'."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from aufast import cli
+from aufast.train import recipe
+from aufast.train.evaluate import score
+
+PAGE = (Path(__file__).parents[2] / "docs" / "reproduce.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line
+    for block in re.findall(r"```sh\n(.*?)```", PAGE, re.S)
+    for line in block.splitlines()
+    if line.startswith("aufast ")
+]
+
+
+def test_the_page_has_commands():
+    assert len(COMMANDS) > 20
+    for name in ("train margl", "train aar", "evaluate", "ablation margl", "ablation aar", "data prepare"):
+        assert any(line.startswith(f"aufast {name}") for line in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_is_understood(command, monkeypatch):
+    pytest.importorskip("jsonargparse", reason="reads the options")
+    options = cli._parser().parse_args(shlex.split(command)[1:])
+    if options.run not in (cli._train, cli._ablation):
+        return
+    taken = {}
+    monkeypatch.setattr(
+        "aufast.train.loop.train", lambda config, out, resume: taken.update(run=(config, out))
+    )
+    monkeypatch.setattr(
+        "aufast.train.ablation.ablate", lambda config, out, **o: taken.update(run=(config, out))
+    )
+    options.run(options)
+    config, out = taken["run"]
+    words = shlex.split(command)
+    assert type(config) is type(recipe(words[words.index("--config") + 1])) and out.startswith("runs/")
+    assert config.data.root == words[words.index("--data.root") + 1]
+
+
+def test_the_choices_are_the_recipes():
+    stage = recipe("margl-bp4d").regions
+    o = stage.optimizer
+    said = (
+        f"momentum {o.momentum} (Nesterov), weight decay {o.weight_decay}, ×{o.step_factor} every "
+        f"{o.step_epochs} epochs, {stage.epochs} epochs: AAR's; batches of {stage.batch} frames"
+    )
+    assert said in PAGE
+    run = recipe("aar-bp4d")
+    assert run.attention.batch == run.graph.batch == 1 and "1 clip of 48 frames" in PAGE
+    assert run.data.validation == "none" and recipe("aar-disfa").initial_aus == "shared"
+    assert f"**{cli.STOPPED}**" in PAGE and "carried" in PAGE and "carried" in score.__doc__
