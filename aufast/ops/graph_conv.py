@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from aufast import reference
+from aufast.ops import direct
 from aufast.ops.autocast import cast_products
 from aufast.ops.backends import choose
 from aufast.ops.checks import NORMALIZATION_NAMES, NORMALIZATIONS, Shapes, normalization_code
@@ -45,12 +46,17 @@ def graph_conv(
 
     Source: AAR eq. (10), (11), and (15) for `Q=None`; AGCRN for "softmax".
     """
+    call = direct.signature("graph_conv", (normalization, backend), x, U, Q, W, bias)
+    if call is not None and call in direct.passed:
+        code = NORMALIZATIONS[normalization]
+        return torch.ops.aufast.graph_conv.default.redispatch(direct.KERNEL, x, U, Q, W, bias, code)
     x, U, Q, W, bias = cast_products(x, U, Q, W, bias)
     code = normalization_code("graph_conv", normalization)
     _check(x, U, Q, W, bias, code)
     chosen = choose("graph_conv", x, backend)
     if chosen == "reference":
         return reference.graph_conv(x, U, Q, W, bias, normalization=normalization)
+    direct.remember(call, chosen)
     return operator("graph_conv", chosen)(x, U, Q, W, bias, code)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from aufast import reference
+from aufast.ops import direct
 from aufast.ops.autocast import keep_float
 from aufast.ops.backends import choose
 from aufast.ops.checks import Shapes, output_size
@@ -57,12 +58,20 @@ def roi_crop(
 
     Source: MARGL eq. (2), `affine_grid` and `grid_sample`.
     """
-    rois = keep_float(rois, features)
+    options = (*size, align_corners, backend) if isinstance(size, tuple) else None
+    call = None if options is None else direct.signature("roi_crop", options, features, rois)
+    if call is not None and call in direct.passed:
+        return torch.ops.aufast.roi_crop.default.redispatch(
+            direct.KERNEL, features, rois, *size, align_corners
+        )
+    given, rois = rois, keep_float(rois, features)
     _check(features, rois, align_corners)
     height, width = output_size("roi_crop", "size", size)
     chosen = choose("roi_crop", features, backend, lambda: _cuda_limit(features, width, height))
     if chosen == "reference":
         return reference.roi_crop(features, rois, (height, width), align_corners=align_corners)
+    if rois is given:
+        direct.remember(call, chosen)
     return operator("roi_crop", chosen)(features, rois, height, width, align_corners)
 
 
