@@ -5,8 +5,8 @@
 // into tiles nor the number of threads changes a bit of the result.
 
 #if AUFAST_AVX512
-constexpr int kRows[] = {0, 8, 8, 8,
-                         0, 0, 4};  // rows of a tile of 1, 2, 3, 6 vectors: 24 accumulators in 32 registers
+constexpr int kRows[] = {
+    0, 8, 8, 8, 6, 0, 4};  // rows of a tile of 1, 2, 3, 4, 6 vectors: 24 accumulators of 32 registers
 #else
 constexpr int kRows[] = {0, 6, 6, 4, 0, 0, 0};  // 12 accumulators in 16 registers
 #endif
@@ -117,6 +117,8 @@ void all_panels(const Product<T>& p) {
     panel<T, 3>(along, column);
     left -= 3 * along.repeats, column += 3 * along.repeats * lanes<T>;
   }
+  if (AUFAST_AVX512)  // whole rows of B at once where no panel of three vectors fits
+    for (; left >= 4 && left % 3 != 0 && left != 5; left -= 4, column += 4 * lanes<T>) panel<T, 4>(p, column);
   for (; left >= 3 && left != 4; left -= 3, column += 3 * lanes<T>) panel<T, 3>(p, column);
   for (; left >= 2; left -= 2, column += 2 * lanes<T>) panel<T, 2>(p, column);
   if (left == 1) panel<T, 1>(p, column);

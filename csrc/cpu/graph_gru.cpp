@@ -7,6 +7,7 @@
 // - by nodes, for few sequences or matrices beyond one core's cache: each thread keeps its nodes' matrices,
 // and a crew
 //   (crew.h) goes through the phases together.
+// With many nodes, mixing becomes a phase of its own, whose items are whole frames (graph_gru_whole.inc).
 // The backward runs a chunk of steps in reverse the same way, keeping only the gates' gradients; then each
 // node's weight gradients are one product over the chunk's rows, made by one thread in a fixed order. Nothing
 // is atomic, and the result does not depend on the number of threads. docs/operators/graph_gru.md derives the
@@ -17,11 +18,16 @@
 
 namespace {
 
-constexpr int64_t kForwardRows = 96;      // rows of an input-half product: sequences times steps of a chunk
-constexpr int64_t kBackwardRows = 192;    // rows of a weight-gradient product
-constexpr int64_t kMostSequences = 16;    // that a thread runs together
-constexpr int64_t kFewSequences = 4;      // per thread, below which threads share the nodes instead
-constexpr int64_t kCacheBytes = 3 << 19;  // of a core, for the state's half of the node matrices
+constexpr int64_t kForwardRows = 96;    // rows of an input-half product: sequences times steps of a chunk
+constexpr int64_t kBackwardRows = 192;  // rows of a weight-gradient product
+constexpr int64_t kMostSequences = 16;  // that a thread runs together
+constexpr int64_t kFewSequences = 4;    // per thread, below which threads share the nodes instead
+constexpr int64_t kManyNodes = 48;      // from here on frames are mixed whole
+constexpr int64_t kWholeRows = 16;      // rows of a forward chunk then: its arrays hold them for every node
+constexpr int64_t kWholeRowNodes = 1 << 16;  // rows times nodes of a backward chunk: about 200 MB in all
+constexpr int64_t kMixItems = 4;             // items for each member, at least
+constexpr int64_t kMixRows = 24;             // nodes of such an item, at least
+constexpr int64_t kCacheBytes = 3 << 19;     // of a core, for the state's half of the node matrices
 
 template <class T>
 struct GruCall {
@@ -29,9 +35,9 @@ struct GruCall {
   Thetas<T> thetas;  // pools: W_z, W_r, W_h, then their biases if there are any
   TransposedPool<T> transposed[3];
   int64_t batch, steps, inputs, live_inputs, channels, live_channels;
-  int64_t chunk;  // steps
-  bool by_sequences;
-  int64_t tile;  // sequences that run together
+  int64_t chunk;             // steps
+  bool by_sequences, whole;  // whole: frames are mixed whole (graph_gru_whole.inc)
+  int64_t tile;              // sequences that run together
   const T *x, *h0;
   const int64_t* lengths;
   T *out, *h_last, *saved;
@@ -42,6 +48,9 @@ struct GruCall {
   T* alpha;                        // (m, rows, 3 channels)
   T *gamma_h, *gamma_r, *gamma_x;  // (K, rows, m, channels or inputs)
   T* reset;                        // (rows, m, channels)
+  // Whole frames: φ of the state and of the input, Sᵀ, and frames turned for the gradient of S.
+  T *mixed, *mixed_x, *transposed_supports, *turned;
+  int64_t mixed_x_node;
   T *zeros, *one, *buffers, *scratch;
   int64_t buffer_size, scratch_size;  // of one member
   CrewSeat* seats;
@@ -52,6 +61,12 @@ struct GruCall {
   int64_t theta_rows() const { return live_channels + live_inputs; }
   // A node's share of the gates. One vector more than it needs keeps the nodes off each other's cache sets.
   int64_t gate_node(int64_t sequences) const { return sequences * chunk * 3 * channels + padded<T>(1); }
+  int64_t mixed_node(int64_t rows) const { return rows * channels + padded<T>(1); }
+  // Into how many items the mixing of one frame is cut, so that `frames` of them keep everybody busy.
+  int64_t mix_parts(int64_t frames) const {
+    const int64_t wanted = (kMixItems * members + frames - 1) / std::max<int64_t>(frames, 1);
+    return std::max<int64_t>(std::min(wanted, graph.nodes / kMixRows), 1);
+  }
 };
 
 }  // namespace
@@ -97,7 +112,9 @@ GruCall<T> describe(Door<T>& door, const GruTensors& a) {
     t.block += rows * t.columns;
   }
   const int64_t state_half = m * order * n * 3 * c.channels * static_cast<int64_t>(sizeof(T));
-  c.by_sequences = c.members == 1 || (c.batch >= kFewSequences * c.members && state_half <= kCacheBytes);
+  c.whole = m >= kManyNodes;
+  c.by_sequences =
+      !c.whole && (c.members == 1 || (c.batch >= kFewSequences * c.members && state_half <= kCacheBytes));
   const int64_t rounds = (c.batch + c.members * kMostSequences - 1) / (c.members * kMostSequences);
   c.tile = c.by_sequences ? (c.batch + c.members * rounds - 1) / std::max<int64_t>(c.members * rounds, 1)
                           : c.batch;
@@ -117,6 +134,15 @@ void plan_common(GruCall<T>& c, Arena& arena, bool backward) {
   c.one = arena.take<T>(1);
   c.graph.plan(arena, backward);
   c.scratch = arena.take<T>(c.members * c.scratch_size);
+  if (!c.whole) return;
+  // Without softmax no support is the identity, and the packed inputs need a place of their own.
+  const int64_t rows = c.batch * c.chunk, places = c.graph.order + (c.graph.softmax ? 0 : 1);
+  c.mixed_x_node = padded<T>(rows * c.live_inputs) + padded<T>(1);
+  c.mixed_x = arena.take<T>(places * c.graph.nodes * c.mixed_x_node);
+  c.mixed = arena.take<T>(c.graph.order * c.graph.nodes * c.mixed_node(backward ? rows : c.batch));
+  if (!backward) return;
+  c.transposed_supports = arena.take<T>(c.graph.order * c.graph.matrix());
+  c.turned = arena.take<T>(rows * std::max(c.live_channels, c.live_inputs) * c.graph.row);
 }
 
 template <class T>
@@ -141,9 +167,11 @@ std::tuple<Tensor, Tensor, Tensor> forward_as(const GruTensors& a, bool save) {
   Tensor saved =
       save ? torch::stable::empty({c.batch, c.steps, m, 3 * n}, dtype) : torch::stable::empty({0}, dtype);
   if (h_last.numel() == 0) return {out, h_last, saved};
+  for (const Tensor& result : {out, saved})
+    prefer_huge_pages(result.data_ptr(), result.numel() * static_cast<int64_t>(result.element_size()));
   c.out = door.out(out, n), c.h_last = door.out(h_last, n);
   if (save) c.saved = door.out(saved, n);
-  c.chunk = chunk_for(kForwardRows, c.tile, c.steps);
+  c.chunk = chunk_for(c.whole ? kWholeRows : kForwardRows, c.tile, c.steps);
   const int64_t group = std::min(kMostNodes, m);
   c.scratch_size = group * std::max(c.graph.order * c.tile * std::max(c.chunk * c.inputs, c.channels),
                                     kPoolRows * c.channels);
@@ -189,7 +217,7 @@ std::vector<Tensor> backward_as(const Tensor& grad_out, const Tensor& grad_h_las
     pool = {c.thetas.pool[gate].weights, K, n, c.live_inputs, c.channels, n, 0, 0};
     pool.theta = gate * pool.size(), pool.block = 3 * pool.size();
   }
-  c.chunk = chunk_for(kBackwardRows, c.batch, c.steps);
+  c.chunk = chunk_for(c.whole ? std::max(kWholeRowNodes / m, kWholeRows) : kBackwardRows, c.batch, c.steps);
   const int64_t rows = c.batch * c.chunk, group = std::min(kMostNodes, m);
   c.scratch_size = std::max({K * group * rows * std::max(c.inputs, c.channels), group * c.tile * c.channels,
                              ce * kTransposed * c.transposed[0].row()});
