@@ -1,11 +1,15 @@
-"""The targets of the project: what the fused CPU operators must reach, medians of one run, two threads."""
+"""The targets of the project: what the fused operators must reach, medians of one run.
+
+On a CPU with two threads; on a GPU, where the targets are for an H200.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Whose times are "ours". The inputs are on the CPU.
-BACKENDS = ("cpu",)
+# Whose times are "ours", by the kind of record; on a GPU also replayed as a CUDA graph. A target is about the
+# first that a record has.
+BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton", "cuda+graph", "triton+graph")}
 
 
 @dataclass(frozen=True)
@@ -14,9 +18,9 @@ class Bar:
 
     Attributes:
         operator, case, mode, dtype: the run it is about; mode "memory" compares peaks instead of times.
-        against: provider whose time (or peak) is divided by ours; "fma" for the fraction of the FMA ceiling;
-            "float32" for our own float32 time divided by ours.
-        at_least: the ratio or the fraction.
+        against: provider whose time (or peak) is divided by ours; "fma" and "copy" for the fraction of that
+            ceiling; "float32" for our own float32 time divided by ours; "step" for steps of time a second.
+        at_least: the ratio, the fraction or the rate.
     """
 
     operator: str
@@ -47,7 +51,38 @@ def _bfloat16() -> list[Bar]:
     return [Bar(*run, "float32", 1.6, dtype="bfloat16") for run in runs]
 
 
-BARS = [
+def _gpu() -> list[Bar]:
+    bars = []
+    for level in ("layer2", "layer3", "layer4"):
+        for layout in ("nchw", "channels_last"):
+            name = f"{level}-{layout}"
+            bars += [
+                Bar("roi_crop", name, "fwd", "copy", 0.70),
+                Bar("roi_crop", name, "fwd", "copy", 0.70, dtype="bfloat16"),
+                Bar("roi_crop", name, "fwd", "merged", 2),
+                Bar("roi_crop", name, "fwd", "roi_align", 1.5),
+                Bar("roi_crop", name, "bwd", "merged", 3),
+            ]
+    bars += [
+        Bar("graph_conv", "batch48", "fwd", "reference", 3),
+        Bar("graph_conv", "batch12288", "fwd", "cublas", 0.9),
+    ]
+    for batch in (1, 16, 256):
+        name = f"B{batch}"
+        bars += [Bar("graph_gru", name, "fwd", "step", 1 / 6e-6)] if batch <= 16 else []
+        bars += [
+            Bar("graph_gru", name, "fwd", "reference", 20),
+            Bar("graph_gru", name, "fwd", "compiled", 5),
+            Bar("graph_gru", name, "fwd", "graph", 3),
+            Bar("graph_gru", name, "fwd", "cudnn", 1.5),
+            Bar("graph_gru", name, "fwd+bwd", "reference", 15),
+            Bar("graph_gru", name, "fwd+bwd", "compiled", 4),
+        ]
+    return bars
+
+
+STEPS = 48  # of graph_gru
+CPU_BARS = [
     *_roi_crop(),
     Bar("graph_conv", "batch48", "fwd", "reference", 3),
     Bar("graph_conv", "batch48", "fwd+bwd", "reference", 3),
@@ -67,3 +102,5 @@ BARS = [
     Bar("region_conv", "8x8", "fwd", "grouped", 3),
     *_bfloat16(),
 ]
+
+BARS = {"cpu": CPU_BARS, "cuda": _gpu()}

@@ -66,7 +66,7 @@ class Run:
 
     def facts(self) -> dict[str, str | int]:
         """What the table needs to know beside the time."""
-        backward = self.mode == "fwd+bwd"
+        forward, both = self.case.moved
         return {
             "operator": self.case.operator,
             "case": self.case.name,
@@ -74,8 +74,10 @@ class Run:
             "pass": self.mode,
             "dtype": dtype_name(self.dtype),
             "provider": self.provider,
-            "flops": self.case.flops * (3 if backward else 1),
-            "bytes": self.case.moved[backward] * self.dtype.itemsize // 4,
+            "flops": self.case.flops * {"fwd": 1, "bwd": 2, "fwd+bwd": 3}[self.mode],
+            "bytes": {"fwd": forward, "bwd": both - forward, "fwd+bwd": both}[self.mode]
+            * self.dtype.itemsize
+            // 4,
         }
 
 
@@ -107,7 +109,7 @@ def runs(
     found = []
     for case in cases:
         ours = getattr(ops, case.operator)
-        backends = [b for b in BACKENDS if can_run(b, case.operator, torch.empty(0)) is None]
+        backends = [b for b in BACKENDS["cpu"] if can_run(b, case.operator, torch.empty(0)) is None]
         fused = {name: functools.partial(ours, backend=name) for name in backends}
         definition = {"reference": getattr(reference, case.operator)}
         for mode in case.passes:
@@ -124,7 +126,8 @@ def first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 def incoming(output: Tensor) -> Tensor:
     """The gradient that arrives at an output: the same numbers for every provider, in the output's layout."""
-    values = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    generator = torch.Generator(output.device).manual_seed(1)
+    values = torch.randn(output.shape, generator=generator, device=output.device).bfloat16()
     return torch.empty_like(output).copy_(values)
 
 
@@ -186,12 +189,15 @@ def check(run: Run) -> None:
 
 
 def work(run: Run) -> Callable[[], object]:
-    """The thing that is timed: one call of the operator, and of its backward, inputs and gradient ready."""
+    """The thing that is timed: a call, its backward, or both; inputs and gradient are ready."""
     inputs = run.case.make(run.dtype)
     if run.mode == "fwd":
         return torch.no_grad()(functools.partial(run.function, *inputs))
     inputs = tuple(t.requires_grad_() for t in inputs)
-    gradient = incoming(first(run.function(*inputs)).detach())
+    output = first(run.function(*inputs))
+    gradient = incoming(output.detach())
+    if run.mode == "bwd":
+        return lambda: torch.autograd.grad(output, inputs, gradient, retain_graph=True)
     return lambda: torch.autograd.grad(first(run.function(*inputs)), inputs, gradient)
 
 

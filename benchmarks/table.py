@@ -2,7 +2,8 @@
 
     python -m benchmarks.table RUN.json [--save RECORD.json]
 
-RUN.json is what `pytest benchmarks --benchmark-only --benchmark-json=RUN.json` wrote, or an earlier record.
+RUN.json is what `pytest benchmarks --benchmark-only --benchmark-json=RUN.json` wrote, or a record: an earlier
+one, or that of a GPU, which `benchmarks/gpu.py` writes.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bars import BACKENDS, BARS, Bar
+from benchmarks.bars import BACKENDS, BARS, STEPS, Bar
 
 HEADER = ("operator", "shape", "pass", "dtype", "ours", "", "reference", "best peer", "of ceiling", "bar")
 
@@ -67,15 +68,23 @@ def by_run(record: dict[str, Any]) -> Results:
     return found
 
 
+def kind(record: dict[str, Any]) -> str:
+    """ "cuda" for a GPU's record, else "cpu"."""
+    return "cuda" if "gpu" in record["machine"] else "cpu"
+
+
 def cost(result: dict[str, Any]) -> float:
     """Seconds, or bytes of a memory run: less is better."""
     return result["memory"] if result["pass"] == "memory" else result["median"]
 
 
 def fma_rate(record: dict[str, Any], dtype: str) -> float | None:
-    """Multiply-add ceiling in flop/s for a dtype: bfloat16 has its own unit, or is widened to float32."""
-    ceilings = record["ceilings"]
-    found = [ceilings[name]["rate"] for name in (f"fma {dtype}", "fma float32") if name in ceilings]
+    """Multiply-add ceiling in flop/s for a dtype: bfloat16 has its own unit, or is widened to float32.
+
+    A GPU's is that of a large matrix product.
+    """
+    ceilings, unit = record["ceilings"], "matmul" if kind(record) == "cuda" else "fma"
+    found = [ceilings[name]["rate"] for name in (f"{unit} {dtype}", f"{unit} float32") if name in ceilings]
     return max(found, default=None)
 
 
@@ -86,17 +95,29 @@ def fraction(record: dict[str, Any], result: dict[str, Any]) -> str:
     copy, fma = record["ceilings"].get("copy"), fma_rate(record, result["dtype"])
     if copy is None or fma is None:
         return "not measured"
-    floors = {"FMA": result["flops"] / fma, "copy": result["bytes"] / copy["rate"]}
+    product = "matmul" if kind(record) == "cuda" else "FMA"
+    floors = {product: result["flops"] / fma, "copy": result["bytes"] / copy["rate"]}
     name = max(floors, key=floors.get)
     return f"{floors[name] / result['median']:.0%} {name}"
 
 
-def reached(record: dict[str, Any], results: Results, bar: Bar, backend: str = "cpu") -> float | None:
+def judged(record: dict[str, Any], providers: dict[str, Any]) -> str | None:
+    """The backend that bars are about: the first of ours that is there, as "auto" takes it."""
+    return next((name for name in BACKENDS[kind(record)] if name in providers), None)
+
+
+def reached(record: dict[str, Any], results: Results, bar: Bar) -> float | None:
     """The number that a bar is about, None where the run does not hold it."""
     providers = results.get((bar.operator, bar.case, bar.mode, bar.dtype), {})
-    ours = providers.get(backend)
-    if ours is None:
+    backend = judged(record, providers)
+    if backend is None:
         return None
+    ours = providers[backend]
+    if bar.against == "step":
+        return STEPS / ours["median"]
+    if bar.against == "copy":
+        copy = record["ceilings"].get("copy")
+        return copy and ours["bytes"] / ours["median"] / copy["rate"]
     if bar.against == "fma":
         rate = fma_rate(record, bar.dtype)
         return rate and ours["flops"] / ours["median"] / rate
@@ -111,10 +132,14 @@ def reached(record: dict[str, Any], results: Results, bar: Bar, backend: str = "
 
 def verdict(bar: Bar, value: float | None) -> str:
     """A bar in words, e.g. "≥ 3.5× merged met"."""
-    wanted = f"{bar.at_least:.0%} FMA" if bar.against == "fma" else f"{bar.at_least:g}× {bar.against}"
+    wanted = {
+        "fma": f"≥ {bar.at_least:.0%} FMA",
+        "copy": f"≥ {bar.at_least:.0%} copy",
+        "step": f"≤ {1e6 / bar.at_least:g} µs a step",
+    }.get(bar.against, f"≥ {bar.at_least:g}× {bar.against}")
     state = "not measured" if value is None else "met" if value >= bar.at_least else "MISSED"
     detail = f" ({value:.2f}×)" if state != "not measured" and bar.against == "float32" else ""
-    return f"≥ {wanted} {state}{detail}"
+    return f"{wanted} {state}{detail}"
 
 
 def amount(result: dict[str, Any]) -> str:
@@ -134,17 +159,16 @@ def beside(other: dict[str, Any] | None, ours: dict[str, Any] | None) -> str:
 
 def rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
     """The table's lines: one for each run and backend, or one without a backend where none can run."""
-    results, lines = by_run(record), []
+    results, lines, ours_are = by_run(record), [], BACKENDS[kind(record)]
     for key, providers in results.items():
         operator, case, mode, dtype = key
-        peers = {name: r for name, r in providers.items() if name not in ("reference", *BACKENDS)}
+        peers = {name: r for name, r in providers.items() if name not in ("reference", *ours_are)}
         best = min(peers, key=lambda name: cost(peers[name])) if peers else None
         any_of = next(iter(providers.values()))
-        for backend in [name for name in BACKENDS if name in providers] or [None]:
+        about = [b for b in BARS[kind(record)] if (b.operator, b.case, b.mode, b.dtype) == key]
+        for backend in [name for name in ours_are if name in providers] or [None]:
             ours = providers.get(backend)
-            bars = (
-                [b for b in BARS if (b.operator, b.case, b.mode, b.dtype) == key] if backend == "cpu" else []
-            )
+            bars = about if backend and backend == judged(record, providers) else []
             lines.append(
                 (
                     operator,
@@ -165,10 +189,11 @@ def rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
 def summary(record: dict[str, Any]) -> str:
     """How many bars are met, and which are not."""
     results = by_run(record)
-    values = [(bar, reached(record, results, bar)) for bar in BARS]
+    bars = BARS[kind(record)]
+    values = [(bar, reached(record, results, bar)) for bar in bars]
     missed = [(bar, value) for bar, value in values if value is not None and value < bar.at_least]
     absent = sum(value is None for _, value in values)
-    lines = [f"bars: {len(BARS) - absent - len(missed)} met, {len(missed)} missed, {absent} not measured"]
+    lines = [f"bars: {len(bars) - absent - len(missed)} met, {len(missed)} missed, {absent} not measured"]
     for bar, value in missed:
         what = f"{bar.operator} {bar.case} {bar.mode} {bar.dtype}"
         lines.append(f"  {what}: {value:.3g} of {bar.at_least:g} against {bar.against}")
@@ -187,6 +212,9 @@ def head(record: dict[str, Any]) -> str:
         *(f"{name}: {state}" for name, state in record["backends"].items()),
     ]
     names = {"fma float32": "FMA float32", "fma bfloat16": "FMA bfloat16", "sgemm": "sgemm"}
+    if kind(record) == "cuda":
+        lines.insert(0, f"{machine['gpu']}, driver {machine['driver']}")
+        names = {f"matmul {dtype}": f"matmul {dtype}" for dtype in ("float32", "tf32", "bfloat16")}
     for key, name in (names | {"copy": "copy", "fill": "fill"}).items():
         found = record["ceilings"].get(key)
         if found is None:

@@ -1,0 +1,54 @@
+#!/bin/sh
+# Build, check and time aufast on this machine's GPU. It needs the repository, a Python with torch >= 2.11 for CUDA,
+# and nvcc; each stage fits ten minutes on an H200.
+#
+#   benchmarks/gpu.sh                            build, check, sanitize, time
+#   benchmarks/gpu.sh build                      compile csrc/ in place
+#   benchmarks/gpu.sh check [NAME...]            agreement, same bits, streams, CUDA graphs, beyond 2^31 elements
+#   benchmarks/gpu.sh sanitize [TOOL...]         memcheck, racecheck, initcheck of compute-sanitizer
+#   benchmarks/gpu.sh time [OPERATOR...] [--minutes M] [--only TEXT] [--compiled] [--out FILE]
+#
+# Records go to benchmarks/results/local/; one worth keeping is copied up by hand. PYTHON names the interpreter.
+set -eu
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+
+build() {
+  FORCE_CUDA=1 "$PYTHON" setup.py -q build_ext --inplace
+  "$PYTHON" -m aufast.cli backends
+  "$PYTHON" -c 'import json, sys; cuda = json.load(open("aufast/_build.json"))["cuda"]
+sys.exit(None if cuda["built"] else "the CUDA part was not built: " + cuda["reason"])'
+}
+
+sanitize() {
+  if ! command -v compute-sanitizer > /dev/null; then
+    echo 'sanitize: compute-sanitizer is not on PATH; what it would find stays open'
+    return 0
+  fi
+  for tool in ${*:-memcheck racecheck initcheck}; do
+    echo "sanitize: $tool"
+    # Every allocation its own, so that a read past one is seen; our kernels alone, as torch's take long.
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 570 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      --kernel-regex kns=roi_crop --kernel-regex kns=graph_ --kernel-regex kns=region_conv \
+      "$PYTHON" -m benchmarks.gpu check same_bits_again
+  done
+}
+
+stage=${1:-all}
+[ $# -eq 0 ] || shift
+case $stage in
+  build) build ;;
+  check) "$PYTHON" -m benchmarks.gpu check "$@" ;;
+  sanitize) sanitize "$@" ;;
+  time) "$PYTHON" -m benchmarks.gpu time "$@" ;;
+  all)
+    build
+    "$PYTHON" -m benchmarks.gpu check
+    sanitize
+    "$PYTHON" -m benchmarks.gpu time
+    ;;
+  *)
+    sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+    ;;
+esac
