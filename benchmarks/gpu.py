@@ -124,7 +124,7 @@ def about(device: str) -> dict[str, Any]:
     if device == "cuda":
         machine |= {"gpu": torch.cuda.get_device_name(), "driver": driver()}
         versions |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
-        build = json.loads((ROOT / "aufast" / "_build.json").read_text())
+        build = json.loads(Path(aufast.__file__).with_name("_build.json").read_text())
         versions["built"] = build["cuda"]["reason"]
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(),
@@ -171,8 +171,13 @@ def run_checks(device: str, names: list[str]) -> int:
     for name in names:
         print(name, flush=True)
         try:
-            for line in gpu_checks.CHECKS[name](device):
+            found = 0
+            for found, line in enumerate(gpu_checks.CHECKS[name](device), start=1):  # noqa: B007
                 print(f"  ok      {line}", flush=True)
+            if not found:
+                raise gpu_checks.Failed(
+                    "there is nothing to check: no backend but the reference can run here"
+                )
         except gpu_checks.Skipped as reason:
             print(f"  skipped {reason}", flush=True)
         except (gpu_checks.Failed, RuntimeError) as error:

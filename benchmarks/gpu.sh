@@ -3,7 +3,7 @@
 # and nvcc; each stage fits ten minutes on an H200.
 #
 #   benchmarks/gpu.sh                            build, check, sanitize, time
-#   benchmarks/gpu.sh build                      compile csrc/ in place
+#   benchmarks/gpu.sh build                      compile csrc/, into build/gpu
 #   benchmarks/gpu.sh check [NAME...]            agreement, same bits, streams, CUDA graphs, beyond 2^31 elements
 #   benchmarks/gpu.sh sanitize [TOOL...]         memcheck, racecheck, initcheck of compute-sanitizer
 #   benchmarks/gpu.sh time [OPERATOR...] [--minutes M] [--only TEXT] [--compiled] [--out FILE]
@@ -13,10 +13,18 @@ set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 
+# The package as it would be installed, ahead of the sources; `under` is a tool that watches.
+under=
+run() {
+  program=$1
+  shift
+  $under "$PYTHON" -c "import sys; sys.path.insert(0, 'build/gpu'); from $program import main; sys.exit(main())" "$@"
+}
+
 build() {
-  FORCE_CUDA=1 "$PYTHON" setup.py -q build_ext --inplace
-  "$PYTHON" -m aufast.cli backends
-  "$PYTHON" -c 'import json, sys; cuda = json.load(open("aufast/_build.json"))["cuda"]
+  FORCE_CUDA=1 "$PYTHON" setup.py -q build --build-lib build/gpu
+  run aufast.cli backends
+  "$PYTHON" -c 'import json, sys; cuda = json.load(open("build/gpu/aufast/_build.json"))["cuda"]
 sys.exit(None if cuda["built"] else "the CUDA part was not built: " + cuda["reason"])'
 }
 
@@ -28,24 +36,25 @@ sanitize() {
   for tool in ${*:-memcheck racecheck initcheck}; do
     echo "sanitize: $tool"
     # Every allocation its own, so that a read past one is seen; our kernels alone, as torch's take long.
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 570 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      --kernel-regex kns=roi_crop --kernel-regex kns=graph_ --kernel-regex kns=region_conv \
-      "$PYTHON" -m benchmarks.gpu check same_bits_again
+    under="env PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 570 compute-sanitizer --tool $tool --error-exitcode 9"
+    under="$under --kernel-regex kns=roi_crop --kernel-regex kns=graph_ --kernel-regex kns=region_conv"
+    run benchmarks.gpu check same_bits_again
   done
+  under=
 }
 
 stage=${1:-all}
 [ $# -eq 0 ] || shift
 case $stage in
   build) build ;;
-  check) "$PYTHON" -m benchmarks.gpu check "$@" ;;
+  check) run benchmarks.gpu check "$@" ;;
   sanitize) sanitize "$@" ;;
-  time) "$PYTHON" -m benchmarks.gpu time "$@" ;;
+  time) run benchmarks.gpu time "$@" ;;
   all)
     build
-    "$PYTHON" -m benchmarks.gpu check
+    run benchmarks.gpu check
     sanitize
-    "$PYTHON" -m benchmarks.gpu time
+    run benchmarks.gpu time
     ;;
   *)
     sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2

@@ -219,6 +219,14 @@ def test_a_wrong_result_and_a_skip_are_said(
     assert "skipped CUDA graphs are a GPU's" in out and "1 of 2 checks passed" in out
 
 
+def test_a_check_that_found_nothing_to_check_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_checks, "backends_for", lambda sample, device: [])
+    assert gpu.run_checks("cpu", ["same_bits_again"]) == 1
+    assert "no backend but the reference can run here" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("stage", ["check", "time"])
 def test_unknown_names_are_refused(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

@@ -1,0 +1,65 @@
+"""Every .cu compiles for both GPUs it is written for: no spills, no local memory, nothing exported."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.packaging.conftest import build, copy_tree
+from tests.packaging.test_wheel import ALLOWED, symbols
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on PATH"),
+]
+ARCHITECTURES = ("sm_80", "sm_90a")
+FUNCTION = re.compile(
+    r"Compiling entry function '(?P<name>\w+)' for '(?P<architecture>\w+)'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads",
+    re.DOTALL,
+)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    """The package and what ptxas said, from the build that an installation runs."""
+    tree = copy_tree(tmp_path_factory.mktemp("cuda") / "source")
+    for source in (tree / "csrc" / "cpu").glob("*.cpp"):
+        source.unlink()
+    done = build(tree, FORCE_CUDA="1", NVCC_FLAGS="-Xptxas=-v")
+    assert done.returncode == 0, done.stdout
+    yield tree / "aufast", done.stdout
+    shutil.rmtree(tree)
+
+
+def test_the_default_build_is_for_both_and_for_later_ones(built: tuple[Path, str]) -> None:
+    facts = json.loads((built[0] / "_build.json").read_text())["cuda"]
+    assert facts["built"] is True
+    assert "for compute_80 sm_80 sm_90a, torch" in facts["reason"]
+
+
+def test_no_kernel_spills(built: tuple[Path, str]) -> None:
+    kernels = [match.groupdict() for match in FUNCTION.finditer(built[1])]
+    for architecture in ARCHITECTURES:
+        names = [k["name"] for k in kernels if k["architecture"] == architecture]
+        assert len(names) == len(set(names))
+        for operator in ("roi_crop_boxes", "roi_crop_gradients", "graph_gru_forward", "graph_gru_backward"):
+            assert any(operator in name for name in names), f"{operator} for {architecture}"
+    spilling = [k for k in kernels if int(k["stack"]) or int(k["stores"]) or int(k["loads"])]
+    assert spilling == []
+
+
+def test_the_library_exports_nothing_and_needs_only_torch(built: tuple[Path, str]) -> None:
+    library = built[0] / "_cuda.so"
+    assert [name for name in symbols(library, "--undefined-only") if not ALLOWED.match(name)] == []
+    assert symbols(library, "--defined-only") == []
+    needed = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
+    libraries = set(re.findall(r"NEEDED.*\[([\w+-]+)\.so", needed))
+    system = {"libc", "libm", "libdl", "librt", "libpthread", "libgcc_s", "libstdc++", "ld-linux-x86-64"}
+    assert libraries - system == {"libtorch_cpu", "libtorch_cuda"}
