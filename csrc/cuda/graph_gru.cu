@@ -35,10 +35,13 @@ bool aligned(std::initializer_list<const void*> addresses) {
                      [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; });
 }
 
+int64_t rounded_up(int64_t count, int64_t size) {
+  return (count + size - 1) / size;
+}
+
 // As many warps as give each the same number of strips, one where that is possible.
 int threads_for(int strips) {
-  const int rounds = (strips + kMostWarps - 1) / kMostWarps;
-  return 32 * ((strips + rounds - 1) / rounds);
+  return static_cast<int>(32 * rounded_up(strips, rounded_up(strips, kMostWarps)));
 }
 
 Walk describe(const Tensor& gates, const Tensor& theta, const Tensor& supports,
@@ -53,19 +56,23 @@ Walk describe(const Tensor& gates, const Tensor& theta, const Tensor& supports,
   return w;
 }
 
-// Cuts a call and launches it: `Room` lays out shared memory, `kernel` takes `rows` sequences at a time.
+// Cuts a call for a kernel that takes up to `most` sequences in a tile; `Room` lays out its shared memory.
+// The sequences are spread over all groups that run at the same time, since a short tile takes a short time.
 template <class T, template <class> class Room, class Arguments>
-bool plan(Arguments& a, Shape& shape, const Device& device, void (*kernel)(Arguments), int rows, int strips) {
+bool plan(Arguments& a, Shape& shape, const Device& device, void (*kernel)(Arguments), int most, int strips) {
   Walk& w = a.walk;
   for (const bool clusters : {true, false})
     for (const bool resident : {true, false}) {
       w.clusters = clusters, w.resident = resident;
-      shape = {w.nodes, clusters ? w.nodes : 0, threads_for(strips), Room<T>(w, rows).bytes};
+      shape = {w.nodes, clusters ? w.nodes : 0, threads_for(strips), Room<T>(w, most).bytes};
       if ((clusters && !device.clusters) || shape.shared > static_cast<size_t>(device.shared)) continue;
-      const int64_t tiles = (w.batch + rows - 1) / rows;
-      w.groups = static_cast<int>(std::min<int64_t>(device.resident_groups(kernel, shape, w.nodes), tiles));
+      const int64_t groups = device.resident_groups(kernel, shape, w.nodes);
+      if (groups == 0) continue;
+      w.turns = static_cast<int>(rounded_up(w.batch, groups * most));
+      w.rows = static_cast<int>(rounded_up(w.batch, groups * w.turns));
+      w.groups = static_cast<int>(std::min(groups, rounded_up(w.batch, w.rows)));
       shape.blocks = w.groups * w.nodes;
-      if (w.groups > 0) return true;
+      return true;
     }
   return false;
 }
@@ -92,8 +99,8 @@ struct Choice {
   void (*kernel)(Arguments);
 };
 
-// The choices go from few sequences at a time to many. Taken is the first that needs no turns, since a short
-// tile takes a short time, else the last one that can exchange and keep its matrices as the first does.
+// The choices go from few sequences at a time to many. Taken is the first that needs no turns, else the last
+// one that can exchange and keep its matrices as the first does.
 template <class T, template <class> class Room, class Arguments>
 void run(Arguments a, const Tensor& like, int strips, const std::vector<Choice<Arguments>>& choices) {
   const Device device(like.get_device_index());
@@ -106,7 +113,7 @@ void run(Arguments a, const Tensor& like, int strips, const std::vector<Choice<A
     const bool as_good = a.walk.clusters == taken.walk.clusters && a.walk.resident == taken.walk.resident;
     if (choice != nullptr && !as_good) break;
     taken = a, taken_shape = shape, choice = &next;
-    if (static_cast<int64_t>(a.walk.groups) * next.rows >= a.walk.batch) break;
+    if (a.walk.turns == 1) break;
   }
   STD_TORCH_CHECK(choice != nullptr, "graph_gru: this GPU has no room for ", a.walk.nodes,
                   " blocks at a time");

@@ -18,6 +18,7 @@ struct Walk {
   int nodes, channels, padded, order;  // padded: channels in whole 16s; order: K supports
   int64_t batch, steps;
   int groups;             // each of `nodes` blocks, taking tiles of sequences in turn
+  int rows, turns;        // sequences of a tile; tiles of a group
   bool clusters;          // exchange within a cluster, else through global memory
   bool resident;          // packed matrices are kept in shared memory, else they stream from the second cache
   bool whole;             // rows of channels are whole, aligned vectors of four
@@ -94,22 +95,33 @@ class Group {
       grid_sync(walk_.arrivals + index, turn_ += walk_.nodes);
   }
 
-  // Σ_j weights[j] · published by node j, four elements from `offset` on.
+  // Σ_j weights[j] · published by node j, four elements from `offset` on. Rows are as far away as another
+  // multiprocessor, so several are asked for before the first is used.
   __device__ Values<4> weighted_sum(int buffer, int offset, const float* weights) const {
+    constexpr int kAhead = 6;
     Values<4> sum = {};
-#pragma unroll 4
-    for (int j = 0; j < walk_.nodes; ++j) {
-      const T* theirs = walk_.clusters
-                            ? in_block(published_ + static_cast<int64_t>(buffer) * elements_, j)
-                            : published_ + static_cast<int64_t>(buffer * walk_.nodes + j) * elements_;
-      const Values<4> row = load<4>(theirs + offset);
+#pragma unroll 1
+    for (int first = 0; first < walk_.nodes; first += kAhead) {
+      Packed<4, T> rows[kAhead];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sum.x[i] += weights[j] * row.x[i];
+      for (int j = 0; j < kAhead; ++j)
+        if (first + j < walk_.nodes)
+          rows[j] = *reinterpret_cast<const Packed<4, T>*>(published(buffer, first + j) + offset);
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j)
+        if (first + j < walk_.nodes)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sum.x[i] += weights[first + j] * static_cast<float>(rows[j].x[i]);
     }
     return sum;
   }
 
  private:
+  __device__ const T* published(int buffer, int j) const {
+    if (walk_.clusters) return in_block(published_ + static_cast<int64_t>(buffer) * elements_, j);
+    return published_ + static_cast<int64_t>(buffer * walk_.nodes + j) * elements_;
+  }
+
   const Walk& walk_;
   const int elements_;
   T* published_;
@@ -123,6 +135,12 @@ __device__ inline const unsigned char* take_theta(const Walk& walk, int node, un
   for (size_t at = threadIdx.x * 16; at < walk.theta_bytes; at += blockDim.x * 16)
     *reinterpret_cast<uint4*>(room + at) = *reinterpret_cast<const uint4*>(theta + at);
   return room;
+}
+
+// Rows that no sequence fills are zero, so that nothing is made of what lay there.
+template <class T>
+__device__ inline void clear(T* room, int count) {
+  for (int i = threadIdx.x; i < count; i += blockDim.x) room[i] = static_cast<T>(0.0f);
 }
 
 __device__ inline float sigmoid(float x) {

@@ -57,7 +57,7 @@ struct Place {
     const Walk& w = a.walk;
     row = place / (w.padded / 4), channel = place % (w.padded / 4) * 4;
     b = first + row, step = (b * w.steps + t) * w.nodes + node;
-    running = b < w.batch && (w.lengths == nullptr || t < w.lengths[b]);
+    running = w.lengths == nullptr || t < w.lengths[b];
   }
 
   __device__ Values<4> read(const Backward<T>& a, const T* array, int width, int part) const {
@@ -72,9 +72,17 @@ struct Place {
     return load_row<4>(a.h0 + (b * w.nodes + node) * w.channels, channel, w.channels, w.whole);
   }
 
+  // Brings what the step before will read near; t > 0.
+  __device__ void expect_step_before(const Backward<T>& a) const {
+    const Walk& w = a.walk;
+    const int64_t at = (step - w.nodes) * w.channels, part = min(channel, w.channels - 1);
+    for (int gate = 0; gate < 3; ++gate) prefetch(a.saved + 3 * at + gate * w.channels + part);
+    prefetch(a.grad_out + at + part);
+    if (at >= w.nodes * w.channels) prefetch(a.out + at - w.nodes * w.channels + part);
+  }
+
   __device__ void write(const Backward<T>& a, int64_t t, int node, int gate, const Values<4>& alpha) const {
     const Walk& w = a.walk;
-    if (b >= w.batch) return;
     T* to = a.d_gates + (((node * w.batch + b) * w.steps + t) * 3 + gate) * w.channels;
     store_row<4>(to, channel, w.channels, w.whole, alpha);
   }
@@ -83,7 +91,7 @@ struct Place {
 // Publishes rows · Θᵀ, K·c columns of it.
 template <class Product, int kHalves>
 __device__ void publish_product(const Walk& w, const typename Product::T* rows, int depth,
-                                const unsigned char* theta, typename Product::T* published) {
+                                const unsigned char* theta, typename Product::T* published, int count) {
   using T = typename Product::T;
   const int columns = w.order * w.padded;
   for (int strip = threadIdx.x / 32; strip < columns / 8; strip += blockDim.x / 32) {
@@ -92,8 +100,9 @@ __device__ void publish_product(const Walk& w, const typename Product::T* rows, 
     const int column = 8 * strip + 2 * lane_column();
 #pragma unroll
     for (int i = 0; i < kHalves; ++i)
-      store<2>(published + (8 * i + lane_row()) * row_stride<T>(columns) + column,
-               Values<2>{{sum[0][i][0], sum[0][i][1]}});
+      if (8 * i + lane_row() < count)
+        store<2>(published + (8 * i + lane_row()) * row_stride<T>(columns) + column,
+                 Values<2>{{sum[0][i][0], sum[0][i][1]}});
   }
 }
 
@@ -124,27 +133,30 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   T* d_candidate = reinterpret_cast<T*>(memory + room.d_candidate);
   T* d_gates = reinterpret_cast<T*>(memory + room.d_gates);
   Group<T> group(w, reinterpret_cast<T*>(memory + room.exchange), room.published(w, kRows));
-  const int node = group.node, c = w.channels, padded = w.padded, places = kRows * (padded / 4);
+  const int node = group.node, c = w.channels, padded = w.padded;
   const int state_stride = row_stride<float>(padded);
   const unsigned char* theta = take_theta(w, node, memory + room.theta);
   const unsigned char* theta_gates = theta + w.order * padded / 8 * strip_bytes<T>(1, padded);
   for (int j = threadIdx.x; j < w.order * w.nodes; j += blockDim.x)
     supports[j] = w.supports[(j % w.nodes * w.order + j / w.nodes) * w.nodes + node];
+  clear(d_candidate, kRows * row_stride<T>(padded));
+  clear(d_gates, kRows * row_stride<T>(2 * padded));
   __syncthreads();
 
-  for (int64_t first = static_cast<int64_t>(group.index) * kRows; first < w.batch;
-       first += static_cast<int64_t>(w.groups) * kRows) {
+  for (int64_t first = static_cast<int64_t>(group.index) * w.rows; first < w.batch;
+       first += static_cast<int64_t>(w.groups) * w.rows) {
+    const int rows = static_cast<int>(min(static_cast<int64_t>(w.rows), w.batch - first));
+    const int places = rows * (padded / 4);
     for (int place = threadIdx.x; place < places; place += blockDim.x) {
       const Place<T> here(a, place, first, 0, node);
-      Values<4> dh = {};
-      if (here.b < w.batch)
-        dh = load_row<4>(a.grad_h_last + (here.b * w.nodes + node) * c, here.channel, c, w.whole);
-      store<4>(d_state + here.row * state_stride + here.channel, dh);
+      store<4>(d_state + here.row * state_stride + here.channel,
+               load_row<4>(a.grad_h_last + (here.b * w.nodes + node) * c, here.channel, c, w.whole));
     }
 
     for (int64_t t = w.steps - 1; t >= 0; --t) {
       for (int place = threadIdx.x; place < places; place += blockDim.x) {
         const Place<T> here(a, place, first, t, node);
+        if (t > 0) here.expect_step_before(a);
         Values<4> alpha_z = {}, alpha_h = {};
         if (here.running) {
           float* state = d_state + here.row * state_stride + here.channel;
@@ -169,7 +181,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
         store<4>(d_candidate + here.row * row_stride<T>(padded) + here.channel, alpha_h);
       }
       __syncthreads();
-      publish_product<Product, kHalves>(w, d_candidate, padded, theta, group.mine(0));
+      publish_product<Product, kHalves>(w, d_candidate, padded, theta, group.mine(0), rows);
       group.sync();
       for (int place = threadIdx.x; place < places; place += blockDim.x) {
         const Place<T> here(a, place, first, t, node);
@@ -192,7 +204,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
         store<4>(d_gates + here.row * row_stride<T>(2 * padded) + padded + here.channel, alpha_r);
       }
       __syncthreads();
-      publish_product<Product, kHalves>(w, d_gates, 2 * padded, theta_gates, group.mine(1));
+      publish_product<Product, kHalves>(w, d_gates, 2 * padded, theta_gates, group.mine(1), rows);
       group.sync();
       for (int place = threadIdx.x; place < places; place += blockDim.x) {
         const Place<T> here(a, place, first, t, node);
@@ -208,9 +220,8 @@ __global__ void __launch_bounds__(kMostThreads, 1)
 
     for (int place = threadIdx.x; place < places; place += blockDim.x) {
       const Place<T> here(a, place, first, 0, node);
-      if (here.b < w.batch)
-        store_row<4>(a.d_h0 + (here.b * w.nodes + node) * c, here.channel, c, w.whole,
-                     load<4>(d_state + here.row * state_stride + here.channel));
+      store_row<4>(a.d_h0 + (here.b * w.nodes + node) * c, here.channel, c, w.whole,
+                   load<4>(d_state + here.row * state_stride + here.channel));
     }
   }
   // Nobody leaves while others may still read what it published.

@@ -44,13 +44,13 @@ struct ForwardRoom {
 };
 
 // φ of this node, from what all nodes published: rows of K·c columns.
-template <class Product, int kHalves>
+template <class Product>
 __device__ void mix(const Walk& w, const Group<typename Product::T>& group, int buffer, const float* supports,
-                    typename Product::T* mixed) {
+                    typename Product::T* mixed, int rows) {
   using T = typename Product::T;
   const int fours = w.padded / 4, inner = w.order * w.padded;
   for (int k = 0; k < w.order; ++k)
-    for (int place = threadIdx.x; place < 8 * kHalves * fours; place += blockDim.x) {
+    for (int place = threadIdx.x; place < rows * fours; place += blockDim.x) {
       const int row = place / fours, channel = place % fours * 4;
       Values<4> sum =
           group.weighted_sum(buffer, row * row_stride<T>(w.padded) + channel, supports + k * w.nodes);
@@ -80,37 +80,37 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   for (int j = threadIdx.x; j < w.order * w.nodes; j += blockDim.x)
     supports[j] = w.supports[node * w.order * w.nodes + j];
   T *published_state = group.mine(0), *published_reset = group.mine(1);
+  clear(mixed, kRows * row_stride<T>(inner));
 
-  for (int64_t first = static_cast<int64_t>(group.index) * kRows; first < w.batch;
-       first += static_cast<int64_t>(w.groups) * kRows) {
-    // The first state; rows without a sequence and channels beyond c are zero, and stay so.
-    for (int place = threadIdx.x; place < kRows * (w.padded / 4); place += blockDim.x) {
+  for (int64_t first = static_cast<int64_t>(group.index) * w.rows; first < w.batch;
+       first += static_cast<int64_t>(w.groups) * w.rows) {
+    const int rows = static_cast<int>(min(static_cast<int64_t>(w.rows), w.batch - first));
+    // The first state; channels beyond c are zero, and stay so.
+    for (int place = threadIdx.x; place < rows * (w.padded / 4); place += blockDim.x) {
       const int row = place / (w.padded / 4), channel = place % (w.padded / 4) * 4;
       Values<4> h = {};
-      if (a.h0 != nullptr && first + row < w.batch)
-        h = load_row<4>(a.h0 + ((first + row) * w.nodes + node) * c, channel, c, w.whole);
+      if (a.h0 != nullptr) h = load_row<4>(a.h0 + ((first + row) * w.nodes + node) * c, channel, c, w.whole);
       store<4>(state + row * state_stride + channel, h);
       store<4>(published_state + row * published_stride + channel, h);
     }
-    // Steps of the lane's sequences; none where there is no sequence.
-    int64_t ends[kHalves];
+    int64_t ends[kHalves];  // the steps of the lane's sequences
 #pragma unroll
     for (int i = 0; i < kHalves; ++i) {
-      const int64_t b = first + 8 * i + lane_row();
-      ends[i] = b >= w.batch ? 0 : w.lengths == nullptr ? w.steps : w.lengths[b];
+      const int row = 8 * i + lane_row();
+      ends[i] = w.lengths == nullptr || row >= rows ? w.steps : w.lengths[first + row];
     }
 
     for (int64_t t = 0; t < w.steps; ++t) {
       group.sync();
-      mix<Product, kHalves>(w, group, 0, supports, mixed);
+      mix<Product>(w, group, 0, supports, mixed, rows);
       __syncthreads();
       for (int strip = threadIdx.x / 32; strip < w.padded / 8; strip += blockDim.x / 32) {
         const int column = 8 * strip + 2 * lane_column();
         Values<2> given[2][kHalves] = {};
 #pragma unroll
         for (int i = 0; i < kHalves; ++i) {
+          if (8 * i + lane_row() >= rows) continue;
           const int64_t b = first + 8 * i + lane_row();
-          if (b >= w.batch) continue;
           const T* row = a.gates + ((node * w.batch + b) * w.steps + t) * 3 * c;
           for (int gate = 0; gate < 2; ++gate)
             given[gate][i] = load_row<2>(row + gate * c, column, c, w.whole);
@@ -121,6 +121,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
 #pragma unroll
         for (int i = 0; i < kHalves; ++i) {
           const int row = 8 * i + lane_row();
+          if (row >= rows) continue;
           const int64_t b = first + row;
           Values<2> z, r, reset;
           const Values<2> h = load<2>(state + row * state_stride + column);
@@ -132,22 +133,22 @@ __global__ void __launch_bounds__(kMostThreads, 1)
           }
           store<2>(update + row * state_stride + column, z);
           store<2>(published_reset + row * published_stride + column, reset);
-          if (a.saved == nullptr || b >= w.batch) continue;
+          if (a.saved == nullptr) continue;
           T* saved = a.saved + ((b * w.steps + t) * w.nodes + node) * 3 * c;
           store_row<2>(saved, column, c, w.whole, z);
           store_row<2>(saved + c, column, c, w.whole, r);
         }
       }
       group.sync();
-      mix<Product, kHalves>(w, group, 1, supports, mixed);
+      mix<Product>(w, group, 1, supports, mixed, rows);
       __syncthreads();
       for (int strip = threadIdx.x / 32; strip < w.padded / 8; strip += blockDim.x / 32) {
         const int column = 8 * strip + 2 * lane_column();
         Values<2> given[kHalves] = {};
 #pragma unroll
         for (int i = 0; i < kHalves; ++i) {
+          if (8 * i + lane_row() >= rows) continue;
           const int64_t b = first + 8 * i + lane_row();
-          if (b >= w.batch) continue;
           const T* row = a.gates + ((node * w.batch + b) * w.steps + t) * 3 * c;
           given[i] = load_row<2>(row + 2 * c, column, c, w.whole);
           if (t + 1 < w.steps)
@@ -159,6 +160,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
 #pragma unroll
         for (int i = 0; i < kHalves; ++i) {
           const int row = 8 * i + lane_row();
+          if (row >= rows) continue;
           const int64_t b = first + row;
           Values<2> candidate, shown;
           Values<2> h = load<2>(state + row * state_stride + column);
@@ -172,7 +174,6 @@ __global__ void __launch_bounds__(kMostThreads, 1)
           }
           store<2>(state + row * state_stride + column, h);
           store<2>(published_state + row * published_stride + column, h);
-          if (b >= w.batch) continue;
           const int64_t place = (b * w.steps + t) * w.nodes + node;
           store_row<2>(a.out + place * c, column, c, w.whole, shown);
           if (a.saved != nullptr)

@@ -38,7 +38,9 @@ def test_shared_memory_starts_as_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     assert neighbours(2, 0, monkeypatch).isnan().all()
 
 
-@pytest.mark.parametrize("mistake", [3, 4], ids=["read-too-early", "overwritten-too-early"])
+@pytest.mark.parametrize(
+    "mistake", [3, 4, 5], ids=["read-too-early", "overwritten-too-early", "left-too-early"]
+)
 def test_a_missing_barrier_gives_other_bits_in_some_order(
     mistake: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,8 +21,8 @@ __global__ void neighbours(const __grid_constant__ Arguments a) {
   if (a.mistake != 3) cluster_sync();
   float sum = 0.0f;
   for (int b = 0; b < 3; ++b) sum += in_block(room, b)[left];
-  if (a.mistake != 4) cluster_sync();
-  room[i] = -1.0f;
+  if (a.mistake < 4) cluster_sync();
+  if (a.mistake != 5) room[i] = -1.0f;
   a.out[blockIdx.x * blockDim.x + i] = sum;
 }
 

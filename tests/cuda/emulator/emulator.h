@@ -84,6 +84,8 @@ struct Warp {
 
 struct Block {
   unsigned char* shared;
+  size_t size;
+  int finished = 0;
   std::vector<Block>* cluster;
   Barrier barrier;
   std::vector<Warp> warps;
@@ -132,7 +134,7 @@ class Machine {
     Guarded stacks(kStack * count * threads);
     for (int b = 0; b < count; ++b) {
       memory.emplace_back(shared);
-      cluster[b].shared = memory.back().get(), cluster[b].cluster = &cluster;
+      cluster[b].shared = memory.back().get(), cluster[b].size = shared, cluster[b].cluster = &cluster;
       cluster[b].warps.resize(threads / 32);
       for (int t = 0; t < threads; ++t) {
         auto thread = std::make_unique<Thread>();
@@ -161,9 +163,7 @@ class Machine {
     release(barrier);
   }
   void meet_cluster() { meet(cluster_barrier_, threads_); }
-  void meet_warp() {
-    meet(running->in->warps[running->thread.x / 32].barrier, 32);
-  }
+  void meet_warp() { meet(running->in->warps[running->thread.x / 32].barrier, 32); }
   void meet_block() { meet(running->in->barrier, running->threads.x); }
 
   void spin(const unsigned* counter, unsigned target) {
@@ -256,6 +256,9 @@ inline void Machine::begin() {
   (*machine.body_)();
   machine.running->finished = true;
   ++machine.finished_;
+  Block& block = *machine.running->in;
+  if (++block.finished == machine.running->threads.x)
+    std::memset(block.shared, 0xff, block.size);  // it is gone
   _longjmp(machine.scheduler_, 1);
 }
 
