@@ -7,6 +7,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import aufast
 
@@ -59,6 +60,12 @@ def _parser() -> argparse.ArgumentParser:
     state.set_defaults(run=_backends)
 
     _add_label_command(commands)
+
+    plot = commands.add_parser("plot", help="draw the papers' figures for the largest face of images")
+    plot.add_argument("images", nargs="+", metavar="IMAGE")
+    plot.add_argument("--model", metavar="DIR", required=True, help="a folder saved by save_pretrained")
+    plot.add_argument("--out", metavar="DIR", required=True, help="where the pictures go")
+    plot.set_defaults(run=_plot)
 
     data = commands.add_parser("data", help="check, prepare or synthesize a data set")
     _add_data_commands(data.add_subparsers(required=True, metavar="COMMAND"))
@@ -211,6 +218,23 @@ def _label(options: argparse.Namespace) -> int:
     summary = label_files(paths, options.out, LabelConfig(**given), (int(index), int(count)))
     print(summary.text())
     return 0 if all(status in FINE for status in summary.inputs) else 3
+
+
+def _plot(options: argparse.Namespace) -> int:
+    from aufast.faces import FaceDetector, align_face, load_image
+    from aufast.models import load_model
+    from aufast.plot import paper_figures
+
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    model, detector = load_model(options.model).float(), FaceDetector()
+    for path in options.images:
+        image = load_image(path)
+        face = align_face(image, detector.detect_one(image, path).landmarks)
+        for kind, figure in paper_figures(model, face).items():
+            figure.savefig(out / f"{Path(path).stem}-{kind}.png")
+            print(out / f"{Path(path).stem}-{kind}.png")
+    return 0
 
 
 def _data_check(options: argparse.Namespace) -> int:

@@ -18,14 +18,12 @@ from aufast.faces import (
     AlignedFace,
     FaceDetector,
     align_face,
-    attention_targets,
     au_centers,
     crop_face,
     load_image,
 )
 from aufast.models import AAR, AAROutput, MARGLOutput, create_model, load_model, to_input
 from aufast.ops.backends import choose
-from aufast.reference.graph_conv import global_adjacency
 
 _MODELS = ("margl", "aar")
 
@@ -159,30 +157,10 @@ def _draw(
     margl, aar = models["margl"], models["aar"]
     figures = {"centers": plot.plot_centers(small.image, small.landmarks, centers, margl.config.aus)}
     if regions.rois:
-        initial = margl.initial_rois(torch.from_numpy(centers).float()[None])
-        figures["rois"] = plot.plot_rois(
-            small.image,
-            [boxes[0].numpy() for boxes in initial],
-            [boxes[0].numpy() for boxes in regions.rois],
-            margl.level_sizes,
-            margl.config.aus,
-        )
+        figures["rois"] = plot.rois_figure(margl, small, centers, regions)
     if frames.attention is not None:
-        targets = attention_targets(
-            au_centers(clip.landmarks, aar.config.aus, "attention"),
-            size=aar.attention_size,
-            image_size=aar.config.image_size,
-        )
-        figures["attention"] = plot.plot_attention(
-            clip.image, targets.numpy(), frames.attention[0, 0].numpy(), aar.config.aus
-        )
-    graphs = {}
-    if aar.graph:
-        weights = global_adjacency(aar.graph[0].U).numpy()
-        graphs["AAR: N(ReLU(UUᵀ)) of the first graph layer"] = weights, aar.config.aus
-    if margl.graph is not None:
-        graphs["MARGL: relations A0"] = margl.adjacency.numpy(), margl.config.aus
-    if graphs:
+        figures["attention"] = plot.attention_figure(aar, clip, frames)
+    if graphs := plot.learned_graphs(aar) | plot.learned_graphs(margl):
         figures["graph"] = plot.plot_graphs(graphs)
     written = []
     for kind, figure in figures.items():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import aufast.faces
+import aufast.label
 import aufast.models
 import aufast.models.aar
 import aufast.models.margl
@@ -26,6 +27,7 @@ MODULES = (
     aufast.models.margl,
     aufast.models.aar,
     aufast.faces,
+    aufast.label,
     aufast.train,
     aufast.train.config,
     aufast.train.evaluate,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -22,7 +22,7 @@ from aufast.faces import (
     landmarks_49,
 )
 from aufast.label.config import LabelConfig
-from aufast.label.given import GivenFace
+from aufast.label.given import GivenFace, GivenFaces
 from aufast.label.video import Frame
 
 SAME_FACE = 0.3  # the overlap, intersection over union, from which two boxes are one face
@@ -133,14 +133,12 @@ class FaceStage:
         """End the threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def run(
-        self, frames: Iterable[Frame], given: Mapping[int, list[GivenFace]] | None = None
-    ) -> Iterator[Seen]:
+    def run(self, frames: Iterable[Frame], given: GivenFaces | None = None) -> Iterator[Seen]:
         """The frames with their faces, in order.
 
         Args:
             frames: read on a thread of its own; what it raises is raised here.
-            given: faces by frame index, in place of the detector's.
+            given: faces in place of the detector's.
         """
         config = self._config
         # At most workers + 1 pieces wait for a thread with their pixels, and two batches wait for the model.
@@ -163,7 +161,8 @@ class FaceStage:
                     slots.acquire()
                     if stopped.is_set():
                         return
-                    future = self._pool.submit(self._timed, piece, given)
+                    known = None if given is None else given.of(piece[0].index)
+                    future = self._pool.submit(self._timed, piece, known)
                     future.add_done_callback(lambda _: slots.release())
                     put(future)
                 put(None)
@@ -186,9 +185,9 @@ class FaceStage:
             stopped.set()
             feeder.join()
 
-    def _timed(self, piece: list[Frame], given: Mapping[int, list[GivenFace]] | None) -> list[Seen]:
+    def _timed(self, piece: list[Frame], known: list[GivenFace] | None) -> list[Seen]:
         start = time.perf_counter()
-        found = self._find(piece) if given is None else [self._take(f, given.get(f.index, [])) for f in piece]
+        found = self._find(piece) if known is None else [self._take(piece[0], known)]
         with self._lock:
             self.seconds += time.perf_counter() - start
         return found

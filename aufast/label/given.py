@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from aufast.data.landmarks import COUNTS
-from aufast.data.tables import header, read_lines, refuse
+from aufast.data.tables import refuse
 
 BOX = ("x1", "y1", "x2", "y2")
 
@@ -30,62 +31,84 @@ class GivenFace:
     points: np.ndarray | None
 
 
-def read_faces(path: Path, one_based: bool = False) -> dict[int, list[GivenFace]]:
-    """Read a file of faces.
+class GivenFaces:
+    """The faces of a file, frame by frame, in memory that does not grow with the file.
 
-    Its first columns are `frame,face_id`, frames counted from 1 as in the tables that aufast writes; then
-    either `x1,y1,x2,y2`, a box whose x2 and y2 are exclusive, or `x0,y0,x1,y1,…` of 49, 66 or 68 points. A
-    frame without a row has no face.
+    The file's first columns are `frame,face_id`, frames counted from 1 as in the tables that aufast writes
+    and in order; then either `x1,y1,x2,y2`, a box whose x2 and y2 are exclusive, or `x0,y0,x1,y1,…` of 49, 66
+    or 68 points. A frame without a row has no face.
 
     Args:
-        path: the CSV.
+        path: the CSV; it is checked as a whole before its first face is given.
         one_based: coordinates count the first pixel as 1.
-
-    Returns:
-        Faces by frame index from 0.
 
     Raises:
         ValueError: whatever does not fit, by file and line. An empty or NaN coordinate fits: it is a face
             that cannot be aligned.
     """
-    lines = read_lines(path)
-    names = header(path, lines[0])
-    points = [f"{axis}{k}" for k in range((len(names) - 2) // 2) for axis in "xy"]
-    is_box = tuple(names[2:]) == BOX
-    if names[:2] != ["frame", "face_id"] or not (
-        is_box or (names[2:] == points and len(points) // 2 in COUNTS)
-    ):
-        counts = ", ".join(map(str, COUNTS))
-        refuse(
-            path,
-            f"the header must be frame,face_id,{','.join(BOX)} or frame,face_id,x0,y0,… of {counts} points",
-            1,
-        )
-    faces: dict[int, list[GivenFace]] = {}
-    for number, cells in enumerate(csv.reader(lines[1:]), 2):
-        if len(cells) != len(names):
-            refuse(
-                path,
-                f"{len(cells)} values, expected {len(names)}: one file has one kind of landmarks",
-                number,
-            )
-        frame, face_id, *values = _numbers(path, cells, number)
-        if not frame.is_integer() or frame < 1 or not face_id.is_integer() or face_id < 0:
-            refuse(
-                path,
-                f"frame {cells[0]} and face_id {cells[1]} must be whole numbers from 1 and from 0",
-                number,
-            )
-        row = faces.setdefault(int(frame) - 1, [])
-        if any(face.face_id == face_id for face in row):
-            refuse(path, f"face {int(face_id)} of frame {int(frame)} is there twice", number)
-        places = np.array(values) - one_based
-        row.append(
-            GivenFace(int(face_id), tuple(places.tolist()), None)
-            if is_box
-            else GivenFace(int(face_id), None, places.reshape(-1, 2))
-        )
-    return faces
+
+    def __init__(self, path: Path, one_based: bool = False):
+        self._path, self._shift = path, int(one_based)
+        for _ in self._frames():
+            pass
+        self._rest = self._frames()
+        self._next = next(self._rest, None)
+
+    def of(self, index: int) -> list[GivenFace]:
+        """The faces of frame `index`, from 0; frames are asked for in order."""
+        while self._next is not None and self._next[0] < index:
+            self._next = next(self._rest, None)
+        return self._next[1] if self._next is not None and self._next[0] == index else []
+
+    def _frames(self) -> Iterator[tuple[int, list[GivenFace]]]:
+        """Frame indices with their faces."""
+        path, frame, faces = self._path, 0, []
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            lines = csv.reader(file)
+            try:
+                names = self._header(next(lines, None))
+                for number, cells in enumerate(lines, 2):
+                    if len(cells) != len(names):
+                        what = f"{len(cells)} values, expected {len(names)}: a file has one kind of landmarks"
+                        refuse(path, what, number)
+                    values = _numbers(path, cells, number)
+                    face = self._face(cells, values, number, is_box=names[2:] == list(BOX))
+                    if values[0] < frame:
+                        refuse(path, f"frame {values[0]:g} follows frame {frame}", number)
+                    if values[0] > frame:
+                        if faces:
+                            yield frame - 1, faces
+                        frame, faces = int(values[0]), []
+                    if any(other.face_id == face.face_id for other in faces):
+                        refuse(path, f"face {face.face_id} of frame {frame} is there twice", number)
+                    faces.append(face)
+            except (UnicodeDecodeError, csv.Error) as error:
+                refuse(path, f"cannot be read as text: {error}")
+        if faces:
+            yield frame - 1, faces
+
+    def _header(self, cells: list[str] | None) -> list[str]:
+        if cells is None:
+            refuse(self._path, "the file is empty")
+        names = [cell.strip() for cell in cells]
+        count = (len(names) - 2) // 2
+        points = [f"{axis}{k}" for k in range(count) for axis in "xy"]
+        fits = names[2:] == list(BOX) or (names[2:] == points and count in COUNTS)
+        if names[:2] != ["frame", "face_id"] or not fits:
+            counts = ", ".join(map(str, COUNTS))
+            expected = f"frame,face_id,{','.join(BOX)} or frame,face_id,x0,y0,… of {counts} points"
+            refuse(self._path, f"the header must be {expected}", 1)
+        return names
+
+    def _face(self, cells: list[str], values: list[float], line: int, is_box: bool) -> GivenFace:
+        frame, face_id = values[:2]
+        if not (frame.is_integer() and frame >= 1 and face_id.is_integer() and face_id >= 0):
+            numbers = f"frame {cells[0]} and face_id {cells[1]}"
+            refuse(self._path, f"{numbers} must be whole numbers from 1 and from 0", line)
+        places = np.array(values[2:]) - self._shift
+        if is_box:
+            return GivenFace(int(face_id), tuple(places.tolist()), None)
+        return GivenFace(int(face_id), None, places.reshape(-1, 2))
 
 
 def _numbers(path: Path, cells: list[str], line: int) -> list[float]:

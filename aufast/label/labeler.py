@@ -16,7 +16,7 @@ from aufast.faces import load_image
 from aufast.label.config import InputError, LabelConfig
 from aufast.label.files import is_image, writing
 from aufast.label.finding import FaceStage, Seen
-from aufast.label.given import GivenFace, read_faces
+from aufast.label.given import GivenFaces
 from aufast.label.recognizing import Recognizer
 from aufast.label.tables import Sink, columns, rows
 from aufast.label.video import Frame, VideoReader
@@ -214,12 +214,12 @@ class _Job:
         self.outcome.seconds["decode"] = time.perf_counter() - start
         yield Frame(0, 0.0, image)
 
-    def _given(self) -> dict[int, list[GivenFace]] | None:
+    def _given(self) -> GivenFaces | None:
         if self.config.faces is None:
             return None
         file = faces_file(self.config.faces, self.path)
         try:
-            return read_faces(file, self.config.one_based)
+            return GivenFaces(file, self.config.one_based)
         except ValueError as error:
             raise InputError("undecodable", str(error)) from error
 

@@ -1,5 +1,19 @@
-"""Pictures of faces, regions, attention and graphs (needs the extra `plot`)."""
+"""Pictures of faces, regions, attention, graphs and training (needs the extra `plot`)."""
 
-from aufast.plot.figures import plot_attention, plot_centers, plot_graphs, plot_rois
+from aufast.plot.figures import plot_attention, plot_centers, plot_curves, plot_graphs, plot_rois
+from aufast.plot.overlay import FaceView, draw_overlay
+from aufast.plot.papers import attention_figure, learned_graphs, paper_figures, rois_figure
 
-__all__ = ["plot_attention", "plot_centers", "plot_graphs", "plot_rois"]
+__all__ = [
+    "FaceView",
+    "attention_figure",
+    "draw_overlay",
+    "learned_graphs",
+    "paper_figures",
+    "plot_attention",
+    "plot_centers",
+    "plot_curves",
+    "plot_graphs",
+    "plot_rois",
+    "rois_figure",
+]

@@ -18,7 +18,7 @@ from PIL import Image
 from aufast.faces import Face, FaceDetector, landmarks_49
 from aufast.label import LabelConfig, label_files
 from aufast.label.finding import FORGET, FaceStage, FoundFace, Identities, overlap, pieces
-from aufast.label.given import read_faces
+from aufast.label.given import GivenFaces
 from aufast.label.video import Frame
 from tests.label.clips import blank, encode, face, moving
 
@@ -266,13 +266,22 @@ def test_45_landmark_schemes_are_not_mixed(tmp_path: Path, models: dict[str, str
         ("frame,face_id,x1,y1,x2,y2\n0,0,1,2,3,4\n", "line 2: frame 0"),
         ("frame,face_id,x1,y1,x2,y2\n1.5,0,1,2,3,4\n", "whole numbers"),
         ("frame,face_id,x1,y1,x2,y2\n1,0,1,2,3,4\n1,0,1,2,3,4\n", "line 3: face 0 of frame 1 is there twice"),
+        ("frame,face_id,x1,y1,x2,y2\n2,0,1,2,3,4\n1,0,1,2,3,4\n", "line 3: frame 1 follows frame 2"),
         ("", "the file is empty"),
     ],
 )
 def test_files_of_faces_that_do_not_fit(tmp_path: Path, text: str, reason: str) -> None:
     (tmp_path / "a.csv").write_text(text)
     with pytest.raises(ValueError, match=reason):
-        read_faces(tmp_path / "a.csv")
+        GivenFaces(tmp_path / "a.csv")
+
+
+def test_given_faces_are_given_in_order(tmp_path: Path) -> None:
+    write_faces(tmp_path / "a.csv", [[k, f, 1, 2, 3, 4] for k, f in ((2, 0), (2, 5), (7, 1))], 4)
+    given = GivenFaces(tmp_path / "a.csv", one_based=True)
+    ids = [[found.face_id for found in given.of(index)] for index in range(9)]
+    assert ids == [[], [0, 5], [], [], [], [], [1], [], []]
+    assert GivenFaces(tmp_path / "a.csv", one_based=True).of(6)[0].box == (0, 1, 2, 3)
 
 
 def test_given_faces_of_a_video_by_frame(tmp_path: Path, models: dict[str, str]) -> None:
