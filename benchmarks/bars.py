@@ -81,6 +81,21 @@ def _gpu() -> list[Bar]:
     return bars
 
 
+def _agcrn() -> list[Bar]:
+    bars = [
+        Bar("agcrn", "N307-B1", "fwd", "reference", 5),
+        Bar("agcrn", "N883-B16", "memory", "reference", 5),
+    ]
+    for case in ("N307-B16", "N883-B16"):
+        bars += [
+            Bar("agcrn", case, "fwd", "reference", 2),
+            Bar("agcrn", case, "fwd", "compiled", 1.2),
+            Bar("agcrn", case, "fwd+bwd", "reference", 3),
+            Bar("agcrn", case, "fwd+bwd", "compiled", 1.3),
+        ]
+    return bars
+
+
 STEPS = 48  # of graph_gru
 CPU_BARS = [
     *_roi_crop(),
@@ -98,6 +113,7 @@ CPU_BARS = [
     Bar("graph_gru", "B8", "fwd+bwd", "reference", 12),
     Bar("graph_gru", "B8", "fwd+bwd", "fma", 0.35),
     Bar("graph_gru", "B8", "memory", "reference", 4),
+    *_agcrn(),
     Bar("region_conv", "8x8", "fwd", "loop", 2.2),
     Bar("region_conv", "8x8", "fwd", "grouped", 3),
     *_bfloat16(),

@@ -39,6 +39,9 @@ class Case:
         moved: bytes that must be read and written, of forward and of forward + backward, in float32.
         passes: which to time.
         dtypes: for the reference and the backends; peers run in float32.
+        kernel: the operator that computes it, where `operator` is a layer around one.
+        fused: the layer's function, taking `backend=`; None for `aufast.ops`' own.
+        definition: what it must equal; None for `aufast.reference`'s own.
     """
 
     operator: str
@@ -49,6 +52,14 @@ class Case:
     moved: tuple[int, int]
     passes: tuple[str, ...] = PASSES
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+    kernel: str | None = None
+    fused: Callable[..., Tensor | tuple[Tensor, ...]] | None = None
+    definition: Callable[..., Tensor | tuple[Tensor, ...]] | None = None
+
+    @property
+    def plain(self) -> Callable[..., Tensor | tuple[Tensor, ...]]:
+        """The definition."""
+        return self.definition or getattr(reference, self.operator)
 
 
 @dataclass(frozen=True)
@@ -108,10 +119,11 @@ def runs(
     """
     found = []
     for case in cases:
-        ours = getattr(ops, case.operator)
-        backends = [b for b in BACKENDS["cpu"] if can_run(b, case.operator, torch.empty(0)) is None]
+        ours = case.fused or getattr(ops, case.operator)
+        kernel = case.kernel or case.operator
+        backends = [b for b in BACKENDS["cpu"] if can_run(b, kernel, torch.empty(0)) is None]
         fused = {name: functools.partial(ours, backend=name) for name in backends}
-        definition = {"reference": getattr(reference, case.operator)}
+        definition = {"reference": case.plain}
         for mode in case.passes:
             for dtype in case.dtypes:
                 providers = definition | (peers if dtype == torch.float32 else {}) | fused
@@ -150,7 +162,7 @@ def compute(function: Callable, inputs: tuple[Tensor, ...], mode: str) -> dict[s
 def truth(case: Case, mode: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """The reference in float64 on the inputs as this dtype holds them."""
     inputs = tuple(t.double() for t in case.make(dtype))
-    return compute(getattr(reference, case.operator), inputs, mode)
+    return compute(case.plain, inputs, mode)
 
 
 def distance(result: Tensor, exact: Tensor) -> float:
@@ -166,7 +178,7 @@ def allowed(case: Case, mode: str, dtype: torch.dtype) -> dict[str, float]:
     exact = truth(case, mode, dtype)
     if dtype in TOLERANCES:
         return dict.fromkeys(exact, TOLERANCES[dtype])
-    plain = compute(getattr(reference, case.operator), case.make(dtype), mode)
+    plain = compute(case.plain, case.make(dtype), mode)
     return {name: 2 * distance(plain[name], value) for name, value in exact.items()}
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from aufast.reference.graph_conv import global_adjacency
+from aufast.reference.graph_conv import global_adjacency, softmax_supports
 from aufast.reference.roi_crop import box_theta
 
 
@@ -77,6 +77,35 @@ def graph_gru_hoisted(
         h = torch.lerp(candidate, h, z)
         states.append(h)
     return torch.stack(states).permute(2, 0, 1, 3), h.transpose(0, 1)  # (B, T, m, c), (B, m, c)
+
+
+def agcrn_hoisted(
+    x: Tensor, E: Tensor, gate_weights: Tensor, gate_bias: Tensor, update_weights: Tensor, update_bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """AGCRN's layer with supports, Θ and the input half of every gate made once, and a lean loop."""
+    batch, steps, nodes, cin = x.shape
+    c, order = update_bias.shape[-1], gate_weights.shape[1]
+    S = softmax_supports(E, order)[1:].reshape(-1, nodes)  # ((K-1)·N, N)
+    theta = node_weights(E, torch.cat([gate_weights, update_weights], dim=-1))  # (N, K, cin + c, 3c)
+    theta_x, theta_h = theta[:, :, :cin].flatten(1, 2), theta[:, :, cin:].flatten(1, 2)
+    theta_zr, theta_c = theta_h[..., : 2 * c].contiguous(), theta_h[..., 2 * c :].contiguous()
+    bias = E @ torch.cat([gate_bias, update_bias], dim=-1)  # (N, 3c)
+
+    def mix(rows: Tensor) -> Tensor:  # (N, R, width) -> (N, R, K·width)
+        mixed = (S @ rows.flatten(1)).view(order - 1, *rows.shape)
+        return torch.cat([rows[None], mixed]).permute(1, 2, 0, 3).flatten(2)
+
+    rows = x.permute(2, 1, 0, 3).reshape(nodes, -1, cin)  # (N, T·B, cin)
+    gates = torch.baddbmm(bias[:, None], mix(rows), theta_x).view(nodes, steps, batch, 3 * c)
+    gates_zr, gates_c = gates.split([2 * c, c], dim=-1)
+    h = x.new_zeros(nodes, batch, c)
+    states = []
+    for in_zr, in_c in zip(gates_zr.unbind(1), gates_c.unbind(1), strict=True):
+        z, r = torch.baddbmm(in_zr, mix(h), theta_zr).sigmoid().chunk(2, dim=-1)  # (N, B, c) each
+        candidate = torch.baddbmm(in_c, mix(z * h), theta_c).tanh()
+        h = torch.lerp(candidate, h, r)
+        states.append(h)
+    return torch.stack(states).permute(2, 0, 1, 3), h.transpose(0, 1)  # (B, T, N, c), (B, N, c)
 
 
 def _activated(x: Tensor, grid: int, scale: Tensor, shift: Tensor) -> Tensor:

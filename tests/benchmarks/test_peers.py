@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from aufast import reference
+from aufast.reference.agcrn import agcrn
 from benchmarks import peers
 from benchmarks.harness import compiler, compute, distance
 
@@ -31,6 +32,11 @@ def graph_gru_inputs() -> tuple[Tensor, ...]:
     return randn(2, 3, 5, 3), randn(5, 4), randn(5, 4), *gates
 
 
+def agcrn_inputs() -> tuple[Tensor, ...]:
+    pools = (randn(4, 3, 8, 12) / 4, randn(4, 12), randn(4, 3, 8, 6) / 4, randn(4, 6))  # (ce, K, c_in + c, …)
+    return randn(2, 3, 5, 2), randn(5, 4) / 2, *pools
+
+
 def region_conv_inputs() -> tuple[Tensor, ...]:
     return randn(2, 3, 8, 12), randn(4, 4, 5, 3, 3, 3), randn(4, 4, 5), randn(4, 4, 3), randn(4, 4, 3) + 0.2
 
@@ -40,6 +46,7 @@ PEERS = [
     pytest.param(reference.roi_crop, peers.roi_crop_merged, roi_crop_inputs, id="roi_crop-merged"),
     pytest.param(reference.graph_conv, peers.graph_conv_hoisted, graph_conv_inputs, id="graph_conv-hoisted"),
     pytest.param(reference.graph_gru, peers.graph_gru_hoisted, graph_gru_inputs, id="graph_gru-hoisted"),
+    pytest.param(agcrn, peers.agcrn_hoisted, agcrn_inputs, id="agcrn-hoisted"),
     pytest.param(reference.region_conv, peers.region_conv_loop, region_conv_inputs, id="region_conv-loop"),
     pytest.param(
         reference.region_conv, peers.region_conv_grouped, region_conv_inputs, id="region_conv-grouped"
