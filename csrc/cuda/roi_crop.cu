@@ -137,7 +137,7 @@ void cut(Backward<T>& a) {
   a.side_x = static_cast<int>(std::min<int64_t>(s.width, 32));
   a.side_y = static_cast<int>(std::min<int64_t>(s.height, kMostBackwardThreads / a.side_x));
   a.across = static_cast<int>((s.width + a.side_x - 1) / a.side_x);
-  a.squares = a.across * static_cast<int>((s.height + a.side_y - 1) / a.side_y);
+  a.squares = a.d_features ? a.across * static_cast<int>((s.height + a.side_y - 1) / a.side_y) : 1;
   const int64_t all_slices = (s.channels + depth_of<T> - 1) / depth_of<T>;
   const int most = std::clamp(kMostBackwardThreads / (a.side_x * a.side_y), 1, 4);
   a.slices = static_cast<int>(std::min<int64_t>(most, all_slices));

@@ -34,6 +34,9 @@ struct Backward {
   int stride_channel, stride_point;     // of the gradients in shared memory
 };
 
+// Of a region: its numbers are; it has points beside the block's pixels.
+constexpr int kFinite = 1, kReaches = 2;
+
 // Points of one region whose cells may have a pixel as a corner: [first, first + count) along an axis.
 struct Range {
   int16_t first, count;
@@ -47,7 +50,7 @@ struct BackwardRoom {
   Point<A>* points;  // else
   Range* ranges;     // boxes: the block's columns of pixels, then its rows, for every region
   double* terms;
-  int* finite;
+  int* state;  // kFinite, kReaches
   size_t bytes;
 
   __host__ __device__ BackwardRoom(const Backward<T>& a, unsigned char* memory) {
@@ -63,7 +66,7 @@ struct BackwardRoom {
     slopes = pieces.take<A>(a.terms ? 2 * a.slices * points_at_once : 0);
     sums = pieces.take<A>(a.terms ? 4 * n * a.band : 0);
     terms = pieces.take<double>(a.terms ? n * kTerms : 0);
-    finite = pieces.take<int>(n);
+    state = pieces.take<int>(n);
     bytes = pieces.used;
   }
 };
@@ -94,7 +97,31 @@ __device__ void place_points(const Backward<T>& a, const BackwardRoom<T, kBoxes>
     } else {
       room.points[i] = point_at<A>(region, entry % width, part.top + entry / width, a.s);
     }
-    if (entry == 0) room.finite[n] = region.finite;
+    if (entry == 0) room.state[n] = !region.finite ? 0 : a.squares > 1 ? kFinite : kFinite | kReaches;
+  }
+}
+
+// Large maps: regions whose points all lie elsewhere are passed over.
+template <class T, bool kBoxes>
+__device__ void find_reaching(const Backward<T>& a, const BackwardRoom<T, kBoxes>& room, const Part& part,
+                              int left, int above) {
+  const int width = static_cast<int>(a.s.out_width), points = part.rows * width;
+  const auto beside_x = [&](const auto& tap) { return tap.low >= left - 1 && tap.low < left + a.side_x; };
+  const auto beside_y = [&](const auto& tap) { return tap.low >= above - 1 && tap.low < above + a.side_y; };
+  for (int n = threadIdx.x; n < part.count; n += blockDim.x) {
+    bool reaches = false;
+    if constexpr (kBoxes) {
+      const auto* taps = room.taps + n * (width + part.rows);
+      bool columns = false;
+      for (int u = 0; u < width; ++u) columns = columns || beside_x(taps[u]);
+      for (int v = 0; v < part.rows; ++v) reaches = reaches || (columns && beside_y(taps[width + v]));
+    } else {
+      for (int p = 0; p < points; ++p) {
+        const auto& point = room.points[n * points + p];
+        reaches = reaches || (beside_x(point.x) && beside_y(point.y));
+      }
+    }
+    if (reaches && room.state[n]) room.state[n] = kFinite | kReaches;
   }
 }
 
@@ -118,10 +145,11 @@ __device__ void find_ranges(const Backward<T>& a, const BackwardRoom<T, true>& r
   }
 }
 
-// The part's gradients of the block's channels, those beyond the last as zeros.
+// The part's gradients of the block's channels, those beyond the last as zeros; of all regions, or of those
+// that reach the block's pixels.
 template <class T, bool kBoxes>
 __device__ void read_gradients(const Backward<T>& a, const BackwardRoom<T, kBoxes>& room, const Part& part,
-                               int first_channel) {
+                               int first_channel, bool all) {
   using A = accumulator<T>;
   const int points = part.rows * static_cast<int>(a.s.out_width), tile = a.slices * depth_of<T>,
             channels = static_cast<int>(a.s.channels);
@@ -134,6 +162,7 @@ __device__ void read_gradients(const Backward<T>& a, const BackwardRoom<T, kBoxe
   for (int i = threadIdx.x; i < part.count * points * tile; i += blockDim.x, at.next()) {
     const int c = a.channels_last ? at.a : at.b, p = a.channels_last ? at.b : at.a,
               channel = first_channel + c;
+    if (!all && !(room.state[at.c] & kReaches)) continue;
     const int64_t point = skipped + p;
     A value = 0;
     if (channel < channels)
@@ -158,7 +187,7 @@ __device__ void gather(const Backward<T>& a, const BackwardRoom<T, kBoxes>& room
     for (int c = 0; c < depth_of<T>; ++c) sum[c] += weight * from[c * a.stride_channel];
   };
   for (int n = 0; n < part.count; ++n) {
-    if (!room.finite[n]) continue;
+    if (!(room.state[n] & kReaches)) continue;
     if constexpr (kBoxes) {
       const Range* ranges = room.ranges + n * (a.side_x + a.side_y);
       const Range columns = ranges[column], rows = ranges[a.side_x + row];
@@ -206,7 +235,7 @@ __device__ void find_slopes(const Backward<T>& a, const BackwardRoom<T, kBoxes>&
     const A* grad = room.grad + slice * depth_of<T> * a.stride_channel + point * a.stride_point;
     // A whole sample outside has no cell: its weights are zero.
     const bool inside =
-        room.finite[n] && x.weight_low + x.weight_high > 0 && y.weight_low + y.weight_high > 0;
+        (room.state[n] & kFinite) && x.weight_low + x.weight_high > 0 && y.weight_low + y.weight_high > 0;
     A along_x = 0, along_y = 0;
     for (int c = 0; inside && c < count; ++c, corner += channel_step) {
       const A f00 = upper && left ? static_cast<A>(corner[0]) : A(0);
@@ -278,14 +307,16 @@ __global__ void __launch_bounds__(kMostBackwardThreads)
                       min(a.band, static_cast<int>(s.out_height) - top)};
       __syncthreads();
       place_points(a, room, part);
-      read_gradients(a, room, part, first_channel);
       __syncthreads();
-      if constexpr (kBoxes) {
-        if (a.d_features) {
-          find_ranges(a, room, part, left, above);
-          __syncthreads();
-        }
+      if (a.squares > 1) {
+        find_reaching(a, room, part, left, above);
+        __syncthreads();
       }
+      read_gradients(a, room, part, first_channel, with_terms);
+      if constexpr (kBoxes) {
+        if (a.d_features) find_ranges(a, room, part, left, above);
+      }
+      __syncthreads();
       if (owns)
         gather(a, room, part, room.grad + slice * depth_of<T> * a.stride_channel, pixel, left, above, sum);
       if (!with_terms) continue;
