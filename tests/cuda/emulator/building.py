@@ -19,9 +19,16 @@ FLAGS = (
 
 
 def emulated(source: Path) -> Path:
-    """The shared library of `source`, kept in build/ as long as what it is made of does not change."""
+    """The shared library of `source`, kept in build/ as long as what it is made of does not change.
+
+    Headers beside `source` come before those of csrc/cuda.
+    """
     compiler = shlex.split(os.environ.get("CXX", "g++"))
-    headers = [*Path(__file__).parent.glob("*.h"), *(ROOT / "csrc").glob("c*/*.*h")]
+    headers = [
+        *Path(__file__).parent.glob("*.h"),
+        *(ROOT / "csrc").glob("c*/*.*h"),
+        *source.parent.glob("*.*h"),
+    ]
     content = b"".join(path.read_bytes() for path in [source, *sorted(headers)])
     recipe = " ".join([*compiler, *FLAGS, torch.__version__]).encode()
     target = (

@@ -131,6 +131,8 @@ class Machine {
     std::vector<Guarded> memory;
     std::vector<Block> cluster(count);
     std::vector<std::unique_ptr<Thread>> all;
+    ready_.assign(count, {});
+    first_ = first, favoured_ = 0, ready_count_ = 0;
     Guarded stacks(kStack * count * threads);
     for (int b = 0; b < count; ++b) {
       memory.emplace_back(shared);
@@ -141,7 +143,7 @@ class Machine {
         thread->thread = {t}, thread->block = {first + b}, thread->threads = {threads};
         thread->blocks = {blocks}, thread->in = &cluster[b];
         thread->stack = stacks.get() + kStack * all.size();
-        ready_.push_back(thread.get());
+        make_ready(thread.get());
         all.push_back(std::move(thread));
       }
     }
@@ -151,7 +153,7 @@ class Machine {
     seed_ = order == nullptr ? 0 : std::atoi(order);
     random_.seed(seed_);
     while (finished_ < threads_ && failure_.empty()) resume(next());
-    ready_.clear(), spinning_.clear();
+    spinning_.clear();
     if (!failure_.empty()) throw std::runtime_error("emulated launch: " + failure_);
   }
 
@@ -188,7 +190,7 @@ class Machine {
  private:
   void release(Barrier& barrier) {
     barrier.arrived = 0;
-    for (Thread* thread : barrier.waiting) ready_.push_back(thread);
+    for (Thread* thread : barrier.waiting) make_ready(thread);
     barrier.waiting.clear();
   }
 
@@ -201,12 +203,17 @@ class Machine {
     _longjmp(scheduler_, 1);
   }
 
+  void make_ready(Thread* thread) {
+    ready_[thread->block.x - first_].push_back(thread);
+    ++ready_count_;
+  }
+
   Thread* next() {
-    if (ready_.empty()) {
+    if (ready_count_ == 0) {
       for (size_t i = 0; i < spinning_.size();) {
         Thread* thread = spinning_[i];
         if (static_cast<int>(*thread->counter - thread->target) >= 0) {
-          ready_.push_back(thread);
+          make_ready(thread);
           spinning_[i] = spinning_.back();
           spinning_.pop_back();
         } else {
@@ -214,14 +221,22 @@ class Machine {
         }
       }
     }
-    if (ready_.empty()) {
+    if (ready_count_ == 0) {
       failure_ = "a barrier waits for threads that never come (" + std::to_string(finished_) + " of " +
                  std::to_string(threads_) + " have ended)";
       return nullptr;
     }
-    if (seed_ != 0) std::swap(ready_.front(), ready_[random_() % ready_.size()]);
-    Thread* thread = ready_.front();
-    ready_.pop_front();
+    if (seed_ % 2 == 1) favoured_ = random_() % ready_.size();
+    while (ready_[favoured_].empty())
+      favoured_ = seed_ == 0 ? (favoured_ + 1) % ready_.size() : random_() % ready_.size();
+    std::deque<Thread*>& ready = ready_[favoured_];
+    if (seed_ == 0)
+      favoured_ = (favoured_ + 1) % ready_.size();
+    else
+      std::swap(ready.front(), ready[random_() % ready.size()]);
+    Thread* thread = ready.front();
+    ready.pop_front();
+    --ready_count_;
     return thread;
   }
 
@@ -240,7 +255,9 @@ class Machine {
   }
 
   const std::function<void()>* body_ = nullptr;
-  std::deque<Thread*> ready_;
+  std::vector<std::deque<Thread*>> ready_;  // of every block
+  size_t ready_count_ = 0, favoured_ = 0;
+  int first_ = 0;  // block
   std::vector<Thread*> spinning_;
   Barrier cluster_barrier_;
   jmp_buf scheduler_;
