@@ -95,6 +95,7 @@ def _add_label_command(commands: argparse._SubParsersAction) -> None:
     label.add_argument(
         "--overlay", action="store_true", help="also write pictures or videos with what is seen"
     )
+    label.add_argument("--report", action="store_true", help="also write one HTML page for each input")
     label.add_argument(
         "--pseudo-intensity", action="store_true", help="also AUnn_r, five times the probability"
     )
