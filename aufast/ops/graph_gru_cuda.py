@@ -72,7 +72,7 @@ def packed(matrices: Tensor, tf32: bool) -> Tensor:
             _rounded(matrices).view(nodes, depth // 8, 2, 4, count, strips, 8).permute(0, 5, 1, 6, 3, 4, 2)
         )
     else:  # columns 8 = four lanes of two; two matrices, or two elements of the depth, side by side
-        lanes = matrices.view(nodes, depth * count // 2, 2, strips, 4, 2).permute(0, 3, 1, 4, 2, 5)
+        lanes = matrices.reshape(nodes, depth * count // 2, 2, strips, 4, 2).permute(0, 3, 1, 4, 2, 5)
     return lanes.reshape(nodes, -1)
 
 
@@ -93,14 +93,14 @@ def _padded(theta_state: Tensor) -> Tensor:
 def _forward_theta(theta_state: Tensor, tf32: bool) -> Tensor:
     """z and r side by side, then the candidate: (m, packed)."""
     theta = _padded(theta_state).flatten(1, 2)  # (m, K·c', 3, c')
-    return torch.cat([packed(part.contiguous(), tf32) for part in theta.split((2, 1), dim=2)], dim=1)
+    return torch.cat([packed(part, tf32) for part in theta.split((2, 1), dim=2)], dim=1)
 
 
 def _backward_theta(theta_state: Tensor, tf32: bool) -> Tensor:
     """The candidate's transposed, then z's above r's: (m, packed)."""
     theta = _padded(theta_state).permute(0, 3, 4, 1, 2).flatten(3)  # (m, 3, c', K·c')
     parts = theta[:, 2], theta[:, :2].flatten(1, 2)  # (m, c', K·c'), (m, 2c', K·c')
-    return torch.cat([packed(part.unsqueeze(2).contiguous(), tf32) for part in parts], dim=1)
+    return torch.cat([packed(part.unsqueeze(2), tf32) for part in parts], dim=1)
 
 
 class _Parameters:
