@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from aufast.aus import AU_SETS
+from aufast.models.checkpointing import recomputed
 from aufast.models.config import Checker
 from aufast.models.layers import ACTIVATIONS, NodeLinear, Stacked, check_pictures, exportable, full_precision
 from aufast.models.pretrained import Pretrained
 from aufast.models.streaming import AARStream
 from aufast.nn import GraphConv, GraphGRU, RegionLayer
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -109,12 +113,37 @@ class AAROutput(NamedTuple):
     """(B, T, m)."""
 
 
+def seen_by_taps(height: int, width: int, like: Tensor) -> Tensor:
+    """Which pixels each tap of a zero-padded 3×3 convolution meets.
+
+    A tap of the filter's first row never meets the map's last row, one of its last row not the first; columns
+    alike.
+
+    Args:
+        height: h.
+        width: w.
+        like: whose dtype and device are taken.
+
+    Returns:
+        (9, h·w) of zeros and ones.
+    """
+    taps = torch.arange(3, device=like.device)[:, None]
+
+    def line(length: int) -> Tensor:
+        place = (
+            torch.arange(length, device=like.device) + 1 - taps
+        )  # (3, length): where the tap's result goes
+        return (place >= 0) & (place < length)
+
+    both = line(height)[:, None, :, None] & line(width)[None, :, None, :]  # (3, 3, h, w)
+    return both.flatten(2).flatten(0, 1).to(like.dtype)
+
+
 def pooled_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """Global average of a zero-padded 3×3 convolution, without the convolution.
 
-    The mean over all output pixels is linear in the input: tap (i, j) of the filter sees the sum of the
-    input without its last row (i = 0) or its first (i = 2), and columns alike. So nine sums per channel are
-    enough.
+    The mean over all output pixels is linear in the input: each tap of the filter sees the sum of the pixels
+    that it meets. So nine sums per channel are enough.
 
     Args:
         x: (N, C_in, H, W).
@@ -123,14 +152,12 @@ def pooled_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
     Returns:
         (N, C_out), equal to `conv(x).mean((2, 3))`.
     """
-    pixels = x.shape[2] * x.shape[3]
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    whole = x.sum(2)  # (N, C_in, W)
-    rows = torch.stack([whole - x[:, :, -1], whole, whole - x[:, :, 0]], dim=2)  # (N, C_in, 3, W)
-    whole = rows.sum(3)  # (N, C_in, 3)
-    taps = torch.stack([whole - rows[..., -1], whole, whole - rows[..., 0]], dim=3)  # (N, C_in, 3, 3)
-    taps = (taps / pixels).to(conv.weight.dtype)
-    return F.conv2d(taps, conv.weight, conv.bias, groups=conv.groups).flatten(1)  # (N, C_out)
+    pixels = full_precision(x).permute(0, 2, 3, 1).flatten(1, 2)  # (N, H·W, C_in)
+    seen = seen_by_taps(*x.shape[2:], pixels) / pixels.shape[1]  # (9, H·W)
+    with torch.autocast(x.device.type, enabled=False):
+        means = (seen @ pixels).mT.unflatten(2, (3, 3))  # (N, C_in, 3, 3)
+    means = means.to(conv.weight.dtype)
+    return F.conv2d(means, conv.weight, conv.bias, groups=conv.groups).flatten(1)  # (N, C_out)
 
 
 class AUBranches(Stacked):
@@ -147,6 +174,7 @@ class AUBranches(Stacked):
         super().__init__()
         m, width = len(config.aus), 12 * config.width
         self.networks = m
+        self.checkpointing = False
         self.multiply_first = config.attention_position == "before_norm"
         self.activation = ACTIVATIONS[config.branch_activation]
 
@@ -174,9 +202,27 @@ class AUBranches(Stacked):
         Returns:
             (N, m, 12c), and the attention maps (N, m, h, w) or None.
         """
-        x = self.activation(self.bn1(self.conv1(x)))  # (N, m·12c, h, w)
-        x = self.activation(self.bn2(self.conv2(x)))
-        x = self.activation(self.bn3(self.conv3(x)))
+        # Grouped convolutions and their gradients are up to twice as fast with the channels innermost.
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = self._part(self._first, x)  # (N, m·12c, h, w)
+        x = self._part(self._second, x)
+        x = self._part(self._third, x)
+        features, attention = self._part(self._last, x)  # (N, m·12c)
+        return features.unflatten(1, (self.networks, -1)), attention
+
+    def _part(self, function: Callable[..., Result], x: Tensor) -> Result:
+        return recomputed(self, function, x) if self.checkpointing else function(x)
+
+    def _first(self, x: Tensor) -> Tensor:
+        return self.activation(self.bn1(self.conv1(x)))
+
+    def _second(self, x: Tensor) -> Tensor:
+        return self.activation(self.bn2(self.conv2(x)))
+
+    def _third(self, x: Tensor) -> Tensor:
+        return self.activation(self.bn3(self.conv3(x)))
+
+    def _last(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         attention = None if self.attention is None else self.attention(x).sigmoid()  # (N, m, h, w)
         x = self.conv4(x)
         if self.multiply_first:
@@ -184,10 +230,8 @@ class AUBranches(Stacked):
         else:
             x = self._attend(self.activation(self.bn4(x)), attention)
         if self.bn5 is None:
-            features = pooled_conv(x, self.conv5)  # (N, m·12c)
-        else:
-            features = self.activation(self.bn5(self.conv5(x))).mean((2, 3))
-        return features.unflatten(1, (self.networks, -1)), attention
+            return pooled_conv(x, self.conv5), attention
+        return self.activation(self.bn5(self.conv5(x))).mean((2, 3)), attention
 
     def _attend(self, x: Tensor, attention: Tensor | None) -> Tensor:
         if attention is None:
@@ -208,6 +252,7 @@ class FrameNetwork(nn.Module):
     def __init__(self, config: AARConfig, factory: dict):
         super().__init__()
         c = config.width
+        self.checkpointing = False
         self.region1 = RegionLayer(3, 4 * c, **factory)
         self.region2 = RegionLayer(4 * c, 8 * c, **factory)
         self.branches = AUBranches(config, factory)
@@ -222,10 +267,25 @@ class FrameNetwork(nn.Module):
         Returns:
             AU features (N, m, 12c), attention maps (N, m, l/4, l/4) or None, and logits (N, m).
         """
-        x = F.max_pool2d(self.region1(frames), 2)  # (N, 4c, l/2, l/2)
-        x = F.max_pool2d(self.region2(x), 2)  # (N, 8c, l/4, l/4)
+        x = self._stage(self.region1, frames)  # (N, 4c, l/2, l/2)
+        x = self._stage(self.region2, x)  # (N, 8c, l/4, l/4)
         features, attention = self.branches(x)
         return features, attention, full_precision(self.head(features))
+
+    def _stage(self, layer: RegionLayer, x: Tensor) -> Tensor:
+        def run(x: Tensor) -> Tensor:
+            return F.max_pool2d(layer(x), 2)
+
+        return recomputed(layer, run, x) if self.checkpointing else run(x)
+
+
+def _clip_mean(values: Tensor, lengths: Tensor | None) -> Tensor:
+    """Mean over each clip's own frames: (B, T, m) to (B, 1, m)."""
+    if lengths is None:
+        return values.mean(1, keepdim=True)
+    counted = torch.arange(values.shape[1], device=values.device) < lengths[:, None]  # (B, T)
+    total = (values * counted[..., None]).sum(1, keepdim=True)
+    return total / counted.sum(1)[:, None, None]
 
 
 class AAR(Pretrained):
@@ -277,6 +337,19 @@ class AAR(Pretrained):
         """Side of the attention maps, l/4."""
         return self.config.image_size // 4
 
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether training keeps few activations of the frame network and computes the others again.
+
+        Set it for long clips: a training step takes about a third longer and a fraction of the memory. The
+        numbers are the same, running statistics included.
+        """
+        return self.frame.checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, wanted: bool) -> None:
+        self.frame.checkpointing = self.frame.branches.checkpointing = wanted
+
     def stream(self, *, chunk: int = 16) -> AARStream:
         """Start on a video that comes frame by frame or in chunks.
 
@@ -294,7 +367,9 @@ class AAR(Pretrained):
         """
         return AARStream(self, chunk)
 
-    def forward(self, clips: Tensor, state: tuple[Tensor, ...] | None = None) -> AAROutput:
+    def forward(
+        self, clips: Tensor, state: tuple[Tensor, ...] | None = None, lengths: Tensor | None = None
+    ) -> AAROutput:
         """Recognise action units in every frame of clips of any length.
 
         In evaluation mode a clip may come in chunks, each with the `state` of the one before: the numbers are
@@ -303,6 +378,9 @@ class AAR(Pretrained):
         Args:
             clips: (B, T, 3, l, l), l being `config.image_size`, in the model's dtype.
             state: of the chunk before; None at the start of a clip.
+            lengths: (B,) int64, frames of each clip; None means T for all. What is returned for frames at and
+                after a clip's end says nothing; the state is the one at its own end, and "aa-gsp-tavg"
+                averages over its own frames. In training mode such frames count in batch statistics.
 
         Returns:
             Probabilities, attention maps, the state to go on with, and logits.
@@ -311,6 +389,8 @@ class AAR(Pretrained):
             TypeError, ValueError: an argument of wrong rank, size, dtype or device.
         """
         check_pictures(self, "clips", clips, "B, T")
+        if lengths is not None:
+            self._check_lengths(clips, lengths)
         shape = clips.shape[:2]
         features, attention, frame_logits = self.frame(clips.flatten(0, 1))
         features = features.unflatten(0, shape)  # (B, T, m, 12c)
@@ -320,21 +400,23 @@ class AAR(Pretrained):
         variant = VARIANTS[self.name]
         logits, last = frame_logits, None
         if variant.graph == "gru":
-            features, last = self._through_time(features, state)
+            features, last = self._through_time(features, state, lengths)
         elif variant.graph != "none":
             features = self._through_space(features)
         if self.head is not None:
             logits = full_precision(self.head(features))  # (B, T, m)
         probabilities = logits.sigmoid()
         if variant.temporal_average:
-            probabilities = probabilities.mean(1, keepdim=True).expand_as(logits)
+            probabilities = _clip_mean(probabilities, lengths).expand_as(logits)
         return AAROutput(probabilities, frame_logits.sigmoid(), attention, last, logits, frame_logits)
 
-    def _through_time(self, x: Tensor, state: tuple[Tensor, ...] | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _through_time(
+        self, x: Tensor, state: tuple[Tensor, ...] | None, lengths: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         before = (None,) * len(self.graph) if state is None else self._check_state(x, state)
         after = []
         for layer, h0 in zip(self.graph, before, strict=True):
-            x, h = layer(x, h0)  # (B, T, m, 12c), (B, m, 12c)
+            x, h = layer(x, h0, lengths)  # (B, T, m, 12c), (B, m, 12c)
             after.append(h)
         return x, tuple(after)
 
@@ -342,6 +424,14 @@ class AAR(Pretrained):
         for index, layer in enumerate(self.graph):
             x = layer(x if index == 0 else self.graph_activation(x))  # (B, T, m, 12c)
         return x
+
+    def _check_lengths(self, clips: Tensor, lengths: Tensor) -> None:
+        wanted = f"int64 of shape ({len(clips)},) on {clips.device}"
+        if not isinstance(lengths, Tensor):
+            raise TypeError(f"{self.name}: lengths must be {wanted}, got {type(lengths).__name__}")
+        if (lengths.dtype, lengths.shape, lengths.device) != (torch.int64, clips.shape[:1], clips.device):
+            found = f"{lengths.dtype} of shape {tuple(lengths.shape)} on {lengths.device}"
+            raise ValueError(f"{self.name}: lengths must be {wanted}, got {found}")
 
     def _check_state(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         shape = (x.shape[0], *x.shape[2:])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from aufast import ops
-from aufast.models.aar import AAR, FrameNetwork
+from aufast.models.aar import AAR, FrameNetwork, seen_by_taps
 from aufast.models.layers import ACTIVATIONS, full_precision
 from aufast.models.margl import MARGL, RegionalNetworks
 from aufast.models.plain import Branch, Branches
@@ -154,12 +154,12 @@ class FusedConv(nn.Module):
 def _packs(x: Tensor) -> bool:
     """Whether oneDNN's prepacked convolutions take this input; tracers see the plain convolution."""
     return (
-        x.device.type == "cpu"
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
         and x.numel() > 0
         and torch.backends.mkldnn.is_available()
         and (x.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        and not torch.compiler.is_compiling()
         and not (x.requires_grad and torch.is_grad_enabled())
     )
 
@@ -301,7 +301,7 @@ class FusedBranches(nn.Module):
             weight = torch.stack([branch.conv5.weight.detach() for branch in branches])  # (m, C, C, 3, 3)
             self.pooled = constant(weight.permute(0, 3, 4, 2, 1).flatten(1, 3))  # (m, 9·C, C)
             self.bias = constant(torch.stack([branch.conv5.bias.detach() for branch in branches]))
-            self.register_buffer("seen", seen_by_taps(side, self.pooled).to(dtype))
+            self.register_buffer("seen", seen_by_taps(side, side, self.pooled).to(dtype))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Map (N, 8c, h, w) to features (N, m, 12c) and attention maps (N, m, h, w) or None."""
@@ -316,16 +316,6 @@ class FusedBranches(nn.Module):
             sums = features.to(self.pooled.dtype) / (x.shape[2] * x.shape[3])
             features = torch.baddbmm(self.bias[:, None], sums, self.pooled)  # (m, N, 12c)
         return features.transpose(0, 1), None if maps[0] is None else torch.cat(maps, dim=1)
-
-
-def seen_by_taps(side: int, like: Tensor) -> Tensor:
-    """Which pixels each tap of a zero-padded 3×3 convolution meets, (9, side²) of zeros and ones.
-
-    A tap of the first row never meets the map's last row, one of the last row not its first; columns alike.
-    """
-    line = torch.ones(3, side, dtype=like.dtype, device=like.device)
-    line[0, -1] = line[2, 0] = 0
-    return torch.einsum("iy,jx->ijyx", line, line).flatten(2).flatten(0, 1)
 
 
 class FusedFrameNetwork(nn.Module):

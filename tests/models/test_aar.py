@@ -201,3 +201,79 @@ def test_a_patch_of_one_pixel_cannot_train():
     model.eval()(torch.zeros(1, 1, 3, 16, 16))
     with pytest.raises(ValueError, match="at least 2 values per patch and channel, got 1"):
         model.train()(torch.zeros(1, 1, 3, 16, 16))
+
+
+@pytest.mark.parametrize("name", ["aar", "aa-gsp", "aa-gsp-tavg"])
+def test_padded_clips_are_the_clips(name):
+    model = small(name).double().eval()
+    randomize(model)
+    (clips,) = inputs(model, batch=2, steps=5, dtype=torch.float64)
+    found = model(clips, lengths=torch.tensor([2, 5]))
+    short, whole = model(clips[:1, :2]), model(clips[1:])
+    torch.testing.assert_close(found.probabilities[:1, :2], short.probabilities)
+    torch.testing.assert_close(found.probabilities[1:], whole.probabilities)
+    if name == "aar":
+        for state, a, b in zip(found.state, short.state, whole.state, strict=True):
+            torch.testing.assert_close(state, torch.cat([a, b]))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "error", "message"),
+    [
+        ([1, 2], TypeError, "int64 of shape .2,. on cpu, got list"),
+        (torch.ones(2), ValueError, "got torch.float32 of shape .2,. on cpu"),
+        (torch.ones(3, dtype=torch.int64), ValueError, "got torch.int64 of shape .3,. on cpu"),
+    ],
+    ids=["list", "dtype", "shape"],
+)
+def test_bad_lengths_are_named(lengths, error, message):
+    with pytest.raises(
+        error, match=f"^aar: lengths must be {message if error is TypeError else '.*' + message}"
+    ):
+        small("aar")(CLIPS, lengths=lengths)
+
+
+def kept(model, *arguments):
+    """A training step: its gradients, the statistics after it, and the bytes kept for the backward pass."""
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        found = model(*arguments)
+    found.logits.sum().backward()
+    gradients = [p.grad for p in model.parameters()]
+    return found, gradients, dict(model.state_dict()), sum(storages.values())
+
+
+def test_gradient_checkpointing_changes_memory_alone():
+    plain = small("aar").double()
+    randomize(plain)
+    sparing = small("aar").double()
+    sparing.load_state_dict(plain.state_dict())
+    sparing.gradient_checkpointing = True
+    batch = inputs(plain, steps=4, dtype=torch.float64)
+    *expected, much = kept(plain, *batch)
+    *found, little = kept(sparing, *batch)
+    torch.testing.assert_close(found, expected)
+    assert little < much / 2
+
+
+def test_autocast_trains_near_float32():
+    model = small("aar")
+    batch = inputs(model)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    steps = []
+    for enabled in (False, True):
+        model.load_state_dict(state)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found = model(*batch)
+        assert found.logits.dtype == torch.float32
+        (found.logits.sum() + found.frame_logits.sum()).backward()
+        steps.append([found.probabilities.detach(), model.frame.branches.conv2.weight.grad.clone()])
+    (exact, gradient), (rounded, rounded_gradient) = steps
+    assert (rounded - exact).abs().max() < 0.05
+    assert torch.nn.functional.cosine_similarity(gradient.flatten(), rounded_gradient.flatten(), dim=0) > 0.98

@@ -159,8 +159,9 @@ def test_compiles_whole_with_the_same_numbers(name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("name", ["margl", "aar"])
-def test_trains_compiled_whole_with_the_same_numbers(name):
+def test_trains_compiled_whole_with_the_same_numbers(name, backend):
     model = small(name).double()
     batch = inputs(model, dtype=torch.float64)
     state = {key: value.clone() for key, value in model.state_dict().items()}
@@ -173,8 +174,7 @@ def test_trains_compiled_whole_with_the_same_numbers(name):
         gradients = {key: p.grad.clone() for key, p in model.named_parameters()}
         return found, gradients, {key: value.clone() for key, value in model.state_dict().items()}
 
-    # Without Inductor, which takes minutes for the 84 patches: gradients and statistics are at stake here.
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     for found, expected in zip(step(compiled), step(model), strict=True):
         torch.testing.assert_close(found, expected)
 
