@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -102,6 +104,34 @@ def test_wheel_holds_every_module_and_library(wheel: Path, tmp_path: Path) -> No
 @pytest.mark.slow
 def test_wheel_works(wheel: Path, tmp_path: Path) -> None:
     assert use(wheel, tmp_path / "unpacked").startswith("ready: ")
+
+
+# What other people do with one layer: every use runs from the installed wheel too.
+DROP_IN = (
+    "tests/nn/test_use.py",
+    "tests/nn/test_adaptive.py",
+    "tests/test_accelerate.py",
+    "tests/ops/test_roi_align.py",
+    "tests/examples",
+)
+
+
+@pytest.mark.slow
+def test_layers_work_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv/bin/python"
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", wheel]
+    assert run(pip, tmp_path).returncode == 0
+    # torch and pytest are those of this interpreter; a .pth file runs no other one, so no editable install.
+    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    (site / "tools.pth").write_text(sysconfig.get_path("purelib"))
+    for folder in ("tests", "examples"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    where = run([python, "-c", "import aufast; print(aufast.__file__)"], tmp_path)
+    assert where.stdout.strip().startswith(str(site)), where.stdout
+    done = run([python, "-m", "pytest", "-q", "-m", "", *DROP_IN], tmp_path)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize(
