@@ -19,6 +19,7 @@ SOURCE = Path(__file__).with_name("ceilings.cpp")
 STEPS = 1_000_000  # of a dozen vector instructions each: a few milliseconds
 MATRIX = 2048
 STREAM = 64 * 2**20  # float32 elements: beyond the caches
+CACHED = 2 * 2**20  # in the last cache, beyond those of the cores
 ROUNDS = 15
 
 
@@ -72,6 +73,12 @@ def test_copy(benchmark) -> None:
     source, target = torch.ones(STREAM), torch.zeros(STREAM)
     record(benchmark, "copy", f"{4 * STREAM >> 20} MiB", bytes=2 * 4 * STREAM)
     benchmark.pedantic(target.copy_, (source,), rounds=ROUNDS, warmup_rounds=2)
+
+
+def test_cached_copy(benchmark) -> None:
+    source, target = torch.ones(CACHED), torch.zeros(CACHED)
+    record(benchmark, "cached copy", f"{4 * CACHED >> 20} MiB", bytes=2 * 4 * CACHED)
+    benchmark.pedantic(target.copy_, (source,), rounds=20 * ROUNDS, warmup_rounds=20)
 
 
 def test_fill(benchmark) -> None:

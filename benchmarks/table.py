@@ -215,7 +215,7 @@ def head(record: dict[str, Any]) -> str:
     if kind(record) == "cuda":
         lines.insert(0, f"{machine['gpu']}, driver {machine['driver']}")
         names = {f"matmul {dtype}": f"matmul {dtype}" for dtype in ("float32", "tf32", "bfloat16")}
-    for key, name in (names | {"copy": "copy", "fill": "fill"}).items():
+    for key, name in (names | {key: key for key in ("copy", "cached copy", "fill")}).items():
         found = record["ceilings"].get(key)
         if found is None:
             reason = "" if versions["compiler"] or not key.startswith("fma") else ": no compiler"

@@ -66,9 +66,10 @@ def _check(
     shapes.bind("x", x, "B", "C_in", "H", "W")
     shapes.bind("weight", weight, "n", "n", "C_out", "C_in", 3, 3, like=x)
     grid, height, width = shapes.sizes["n"], *x.shape[-2:]
-    if 0 in weight.shape[:3]:
+    if 0 in weight.shape:
         raise ValueError(
-            f"region_conv: weight must have at least one patch and one filter, got {tuple(weight.shape)}"
+            "region_conv: weight must have at least one patch, one filter and one input channel,"
+            f" got {tuple(weight.shape)}"
         )
     if 0 in (height, width) or height % grid or width % grid:
         raise ValueError(

@@ -2,8 +2,9 @@
 // shift) in front of them is applied while the patch is loaded.
 //
 // Forward: a work item is one patch of one image; consecutive items share the packed filters of their patch.
-// Backward: a work item is one patch of all images, summed in their order, so that no sum depends on the
-// number of threads. docs/operators/region_conv.md derives the backward.
+// Backward: a work item is one patch of some images, summed in their order; items of the same patch are added
+// in theirs, so that no sum depends on the number of threads. docs/operators/region_conv.md derives the
+// backward.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -40,6 +41,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+constexpr int64_t kEnoughItems = 16;  // below, the backward also splits the images of a patch
 constexpr int kWantX = 1, kWantWeight = 2, kWantBias = 4, kWantScale = 8, kWantShift = 16;
 
 View view_of(const Grid& g, int64_t channels) {
@@ -107,7 +109,17 @@ struct Gradients {
   T *x, *weight, *bias, *scale, *shift;
 };
 
-// All images of one patch.
+// What one item sums for the gradients of a patch's parameters: weight, bias, scale and shift, one after the
+// other.
+struct Sums {
+  double *weight, *bias, *scale, *shift;
+
+  static int64_t size(const Grid& g) { return g.out * g.in * 9 + g.out + 2 * g.in; }
+  Sums(double* begin, const Grid& g)
+      : weight(begin), bias(weight + g.out * g.in * 9), scale(bias + g.out), shift(scale + g.in) {}
+};
+
+// Some images of one patch.
 template <class T>
 class BackwardItem {
  public:
@@ -122,11 +134,11 @@ class BackwardItem {
         grad_(on_lines(grad_buffer_.data(), g.columns + 3)),
         result_(block_ * AUFAST_PICK(result_size<T>)(g)),
         zero_bias_(block_),
-        filter_sum_(AUFAST_PICK(filter_sum_size<T>)(g.out, g.in)),
-        bias_sum_(g.out),
-        input_sums_(2 * g.in) {}
+        filter_sum_(AUFAST_PICK(filter_sum_size<T>)(g.out, g.in)) {}
 
-  void run(const T* grad, const Operands<T>& a, const Gradients<T>& to, int64_t index) {
+  // Images [begin, end); `sums` are zero before.
+  void run(const T* grad, const Operands<T>& a, const Gradients<T>& to, int64_t index, int64_t begin,
+           int64_t end, const Sums& sums) {
     const View from = view_of(g_, g_.in), out = view_of(g_, g_.out);
     const T* weight = a.weight + index * g_.out * g_.in * 9;
     const T* scale = a.scale ? a.scale + index * g_.in : nullptr;
@@ -134,23 +146,16 @@ class BackwardItem {
     const bool through_filters = to.x || to.scale || to.shift;
     if (through_filters) packed_ = packed_filters(g_, weight, true);
     std::fill(filter_sum_.begin(), filter_sum_.end(), A(0));
-    std::fill(bias_sum_.begin(), bias_sum_.end(), 0.0);
-    std::fill(input_sums_.begin(), input_sums_.end(), 0.0);
-    for (int64_t b = 0; b < g_.batch; ++b) {
+    for (int64_t b = begin; b < end; ++b) {
       const int64_t patch = origin(g_, from, g_.in, b, index);
       AUFAST_PICK(load_patch<T>)
       (grad + origin(g_, out, g_.out, b, index), out, g_.out, g_, nullptr, nullptr, grad_);
       AUFAST_PICK(load_patch<T>)(a.x + patch, from, g_.in, g_, scale, shift, planes_.data());
       if (to.weight) add_filters();
-      if (to.bias) AUFAST_PICK(add_bias_gradient<T>)(grad_, g_, g_.out, bias_sum_.data());
-      if (through_filters) add_inputs(a.x + patch, from, scale, to.x ? to.x + patch : nullptr);
+      if (to.bias) AUFAST_PICK(add_bias_gradient<T>)(grad_, g_, g_.out, sums.bias);
+      if (through_filters) add_inputs(a.x + patch, from, scale, sums.scale, to.x ? to.x + patch : nullptr);
     }
-    if (to.weight)
-      AUFAST_PICK(finish_filter_gradient<T>)(filter_sum_.data(), g_.out, g_.in,
-                                             to.weight + index * g_.out * g_.in * 9);
-    if (to.bias) narrow(bias_sum_.data(), g_.out, to.bias + index * g_.out);
-    if (to.scale) narrow(input_sums_.data(), g_.in, to.scale + index * g_.in);
-    if (to.shift) narrow(input_sums_.data() + g_.in, g_.in, to.shift + index * g_.in);
+    if (to.weight) AUFAST_PICK(finish_filter_gradient<T>)(filter_sum_.data(), g_.out, g_.in, sums.weight);
   }
 
  private:
@@ -162,13 +167,13 @@ class BackwardItem {
     }
   }
 
-  void add_inputs(const T* x, const View& view, const T* scale, T* to) {
+  void add_inputs(const T* x, const View& view, const T* scale, double* sums, T* to) {
     for (int64_t first = 0; first < g_.in; first += block_) {
       AUFAST_PICK(convolve<T>)
       (grad_, g_, g_.out, packed_.data() + first * g_.out * 9, zero_bias_.data(), result_.data());
       AUFAST_PICK(finish_patch<T>)
       (result_.data(), planes_.data() + first * plane_, x + first * view.channel, view, g_,
-       std::min(block_, g_.in - first), scale ? scale + first : nullptr, g_.in, input_sums_.data() + first,
+       std::min(block_, g_.in - first), scale ? scale + first : nullptr, g_.in, sums + first,
        to ? to + first * view.channel : nullptr);
     }
   }
@@ -182,17 +187,49 @@ class BackwardItem {
     return buffer + (kLine - past) % kLine;
   }
 
-  static void narrow(const double* from, int64_t count, T* to) {
-    for (int64_t i = 0; i < count; ++i) AUFAST_PICK(put<T>)(to + i, static_cast<A>(from[i]));
-  }
-
   const Grid& g_;
   int64_t block_, plane_;
   std::vector<A> planes_, grad_buffer_;
   A* grad_;
   std::vector<A> result_, zero_bias_, filter_sum_, packed_;
-  std::vector<double> bias_sum_, input_sums_;
 };
+
+// Adds the sums of a patch's items in their order: `count` numbers, `stride` from item to item.
+template <class T>
+void add_items(const double* sums, int64_t items, int64_t stride, int64_t count, T* to) {
+  for (int64_t i = 0; to && i < count; ++i) {
+    double total = sums[i];
+    for (int64_t k = 1; k < items; ++k) total += sums[k * stride + i];
+    AUFAST_PICK(put<T>)(to + i, static_cast<accumulator<T>>(total));
+  }
+}
+
+template <class T>
+void backward(const T* grad, const Operands<T>& a, const Gradients<T>& to, const Grid& g) {
+  const int64_t patches = g.patches * g.patches, size = Sums::size(g),
+                groups = std::clamp<int64_t>(kEnoughItems / patches, 1, std::max<int64_t>(g.batch, 1));
+  std::vector<double> sums(patches * groups * size);
+  torch::stable::parallel_for(0, patches * groups, 1, [&](int64_t begin, int64_t end) {
+    BackwardItem<T> work(g);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t group = item % groups;
+      work.run(grad, a, to, item / groups, group * g.batch / groups, (group + 1) * g.batch / groups,
+               Sums(sums.data() + item * size, g));
+    }
+  });
+  torch::stable::parallel_for(0, patches, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) {
+      const Sums first(sums.data() + index * groups * size, g);
+      const auto add = [&](const double* from, T* gradient, int64_t count) {
+        add_items(from, groups, size, count, gradient ? gradient + index * count : nullptr);
+      };
+      add(first.weight, to.weight, g.out * g.in * 9);
+      add(first.bias, to.bias, g.out);
+      add(first.scale, to.scale, g.in);
+      add(first.shift, to.shift, g.in);
+    }
+  });
+}
 
 Grid grid_of(const Tensor& x, const Tensor& weight) {
   STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 6 && weight.size(3) == x.size(1),
@@ -301,10 +338,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> region_conv_backward(Tensor g
     const auto to = [&](int k) { return wanted[k] ? data<T>(results[k]) : nullptr; };
     const Operands<T> a{data<T>(x), data<T>(weight), nullptr, data<T>(scale), data<T>(shift)};
     const Gradients<T> gradients{to(0), to(1), to(2), to(3), to(4)};
-    torch::stable::parallel_for(0, g.patches * g.patches, 1, [&](int64_t begin, int64_t end) {
-      BackwardItem<T> work(g);
-      for (int64_t index = begin; index < end; ++index) work.run(data<T>(grad), a, gradients, index);
-    });
+    backward(data<T>(grad), a, gradients, g);
   });
   return {results[0], results[1], results[2], results[3], results[4]};
 }

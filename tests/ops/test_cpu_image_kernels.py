@@ -106,6 +106,10 @@ def rois_for(dtype: torch.dtype) -> torch.dtype:
         (2, 2, 70, 7, 5, (17, 19)),
         (1, 300, 4, 6, 6, (2, 3)),
         (1, 2, 160, 64, 64, (2, 2)),
+        (1, 1000, 3, 5, 7, (2, 2)),
+        (1, 2, 1000, 6, 6, (3, 3)),
+        (1, 2, 2, 1000, 17, (5, 3)),
+        (1, 2, 2, 17, 1000, (1, 1000)),
     ],
 )
 def test_boxes(
@@ -165,6 +169,33 @@ def test_degenerate_regions_and_their_sound_neighbour(
         assert difference(out[:, k], truth[0][:, k]) <= TOLERANCE[dtype], name
         assert difference(d_rois[:, k], truth[2][:, k]) <= 10 * TOLERANCE[dtype], name
     assert difference(d_features, truth[1]) <= TOLERANCE[dtype]
+
+
+AFFINE_DEGENERATE = {
+    "one_point": [[0.0, 0.0, 0.31], [0.0, 0.0, -0.22]],
+    "a_line": [[0.7, 0.7, 0.1], [0.35, 0.35, 0.05]],
+    "mirrored_and_turned": [[0.03, -0.81, 0.1], [-0.72, 0.04, 0.2]],
+    "outside": [[0.1, 0.2, 9.0], [0.3, 0.1, -7.0]],
+    "huge": [[1e5, 3e4, 0.1], [2e4, 1e5, 0.2]],
+    "astronomic": [[1e30, 1e29, 0.0], [1e29, 1e30, 0.0]],
+    "not_a_number": [[0.5, float("nan"), 0.0], [0.0, 0.5, 0.0]],
+    "infinite": [[0.5, 0.0, 0.0], [0.0, float("inf"), 0.0]],
+}
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("align_corners", [False, True], ids=["centres", "corners"])
+def test_degenerate_affine_regions(align_corners: bool, memory_format: torch.memory_format) -> None:
+    features = torch.randn(1, 19, 10, 12, dtype=torch.float64).contiguous(memory_format=memory_format)
+    theta = torch.tensor([list(AFFINE_DEGENERATE.values())], dtype=torch.float64)
+    kernel, definition = crop((6, 6), align_corners)
+    out, d_features, d_theta = gradients(kernel, [features, theta])
+    truth = gradients(definition, [features, theta])
+    for k, name in enumerate(AFFINE_DEGENERATE):
+        limit = 1e-9 if name == "huge" else 1e-12  # few digits are left a million pixels away
+        assert difference(out[:, k], truth[0][:, k]) <= limit, name
+        assert difference(d_theta[:, k], truth[2][:, k]) <= limit, name
+    assert difference(d_features, truth[1]) <= 1e-9
 
 
 def test_pixels_outside_every_tap_may_be_anything() -> None:
@@ -236,6 +267,12 @@ def region_inputs(
         (2, 3, 19, 2, 17, 1),
         (0, 4, 4, 2, 3, 3),
         (1, 8, 8, 1, 2, 100),
+        (5, 6, 4, 1, 9, 9),
+        (1, 1000, 2, 1, 3, 2),
+        (1, 2, 1000, 1, 2, 3),
+        (1, 2, 3, 1, 1000, 1),
+        (1, 3, 2, 1, 1, 1000),
+        (1, 1, 1, 17, 1, 2),
     ],
 )
 def test_region_conv(
