@@ -197,7 +197,7 @@ class RegionalNetworks(Stacked):
 
     def forward(self, crops: Tensor) -> Tensor:
         """Map crops (B, R, in_channels, h, w) to features (B, R, C)."""
-        x = crops.flatten(1, 2)  # (B, R·in_channels, h, w)
+        x = crops.flatten(1, 2).contiguous()  # (B, R·in_channels, h, w)
         x = self.activation(self.bn1(self.conv1(x)))  # (B, R·C, h, w)
         x = self.activation(self.bn2(self.conv2(x)))
         return x.mean((2, 3)).unflatten(1, (self.networks, -1))  # (B, R, C)
@@ -401,7 +401,8 @@ class MARGL(Pretrained):
             TypeError, ValueError: an argument of wrong rank, size, dtype or device.
         """
         check_pictures(self, "images", images, "B")
-        global_map = self.backbone(images)
+        # The backbone and the crops are fastest with the channels innermost.
+        global_map = self.backbone(images.contiguous(memory_format=torch.channels_last))
         global_logits = full_precision(global_map.logits)  # (B, m)
         if self.levels:
             self._check_centers(images, centers)
