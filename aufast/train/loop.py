@@ -76,7 +76,9 @@ def train(config: MARGLRun | AARRun, out: str | os.PathLike[str], *, resume: boo
                 stack.enter_context(open_run(out, config, trainer.split, resume))
         processes.wait()
         stack.enter_context(trainer.listening())
-        return trainer.fit()
+        finished = trainer.fit()
+        processes.wait()  # for the last checkpoint, which one process writes
+        return finished
 
 
 class Trainer:

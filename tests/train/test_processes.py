@@ -16,6 +16,10 @@ from aufast.train import evaluate_runs, train
 from tests.train.runs import MAKERS, metrics
 
 WORLD = 2
+SIZES = {
+    "margl": {"epochs": 1, "batch": 6, "device": "cpu"},
+    "aar": {"epochs": 2, "batch": 2, "device": "cpu"},
+}
 
 
 def free_port() -> int:
@@ -36,7 +40,7 @@ def work(rank: int, port: int, system: str, packed: Path, folder: Path) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    config = MAKERS[system](packed, batch=2, device="cpu")
+    config = MAKERS[system](packed, **SIZES[system])
     assert train(config, folder / "two")
     evaluation = evaluate_runs([folder / "two"], device="cpu")
     (folder / f"{rank}.json").write_text(json.dumps(dataclasses.asdict(evaluation)))
@@ -51,7 +55,7 @@ def test_two_processes_take_the_steps_of_one(packed, tmp_path, system):
     running statistics take both batches and those of the first process one, so they are not compared.
     """
     mp.spawn(work, (free_port(), system, packed, tmp_path), nprocs=WORLD)
-    config = MAKERS[system](packed, batch=2, stage={"accumulate": WORLD}, device="cpu")
+    config = MAKERS[system](packed, stage={"accumulate": WORLD}, **SIZES[system])
     train(config, tmp_path / "one")
     one, two = (metrics(tmp_path / name) for name in ("one", "two"))
     first_stage = [line["loss"] for line in one if line["stage"] != "graph"]
@@ -67,13 +71,9 @@ def test_two_processes_take_the_steps_of_one(packed, tmp_path, system):
             load_file(tmp_path / name / "last" / "model.safetensors") for name in ("one", "two")
         )
         for key, value in expected.items():
-            if "running" not in key:
+            if not key.endswith(("running_mean", "running_var", "num_batches_tracked")):
                 torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-5, msg=key)
-
-
-@pytest.mark.slow
-def test_sharded_evaluation_is_exact(packed, tmp_path):
-    mp.spawn(work, (free_port(), "aar", packed, tmp_path), nprocs=WORLD)
+    # Both tested the run together; each found what one process finds that tests it all.
     alone = json.dumps(dataclasses.asdict(evaluate_runs([tmp_path / "two"], device="cpu")))
     assert [(tmp_path / f"{rank}.json").read_text() for rank in range(WORLD)] == [alone] * WORLD
     assert sum(json.loads(alone)["pooled"]["frames"]) > 0
