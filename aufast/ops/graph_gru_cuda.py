@@ -242,10 +242,13 @@ def graph_gru_backward(
     bias = None if b_z is None else torch.cat([b_z, b_r, b_h], dim=-1)
     d_Q, d_pool, d_biases = pool_gradients(d_theta, d_bias, Q, made.pool, bias)
     d_pools = [None] * 3 if d_pool is None else [d.reshape(W_z.shape) for d in d_pool.split(channels, dim=-1)]
-    d_biases = [None] * 3 if d_biases is None else [d.contiguous() for d in d_biases.split(channels, dim=-1)]
+    d_biases = [None] * 3 if d_biases is None else d_biases.split(channels, dim=-1)
     d_U = support_gradient(d_matrix, U, made.order, normalization) if wanted[1] else None
     found = (d_x, d_U, d_Q, *d_pools, d_h0 if h0 is not None else None, *d_biases)
-    return tuple(x.new_empty(0) if d is None or not needs >> k & 1 else d for k, d in enumerate(found))
+    return tuple(
+        x.new_empty(0) if d is None or not is_wanted else d.contiguous()
+        for d, is_wanted in zip(found, wanted, strict=True)
+    )
 
 
 def register(fallback: Callable[..., Any], backward_fallback: Callable[..., Any]) -> None:

@@ -110,7 +110,7 @@ __device__ inline float round_tf32(float x) {
 class Device {
  public:
   int multiprocessors, shared;
-  bool clusters;  // those of sm_90, for which the kernels are compiled
+  bool clusters;
   cudaStream_t stream;
 
   explicit Device(int index) : guard_(index), index_(index) {
@@ -118,7 +118,7 @@ class Device {
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index));
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
-    clusters = major == 9;
+    clusters = major >= 9;
     void* current = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &current));
     stream = static_cast<cudaStream_t>(current);
@@ -138,6 +138,9 @@ class Device {
     const void* function = reinterpret_cast<const void*>(kernel);
     STD_CUDA_CHECK(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
     int count = 0;
+    cudaFuncAttributes made = {};
+    STD_CUDA_CHECK(cudaFuncGetAttributes(&made, function));
+    if (shape.cluster > 0 && made.ptxVersion < 90) return 0;  // compiled for GPUs without clusters
     if (shape.cluster > 0) {
       STD_CUDA_CHECK(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
       Launch launch(shape, stream);

@@ -98,7 +98,7 @@ def run(
     assert torch.equal(out, plain) and torch.equal(h_last, plain_last) and nothing.shape == (0,)
     found = graph_gru_cuda.graph_gru_backward(*grads, *inputs, lengths, out, saved, code, needs)
     for gradient, value in zip(found, inputs, strict=True):
-        assert gradient.shape == ((0,) if value is None else value.shape)
+        assert gradient.shape == ((0,) if value is None else value.shape) and gradient.is_contiguous()
         assert value is None or gradient.dtype == value.dtype
     return [out, h_last, *(g for g, value in zip(found, inputs, strict=True) if value is not None)]
 
