@@ -58,7 +58,8 @@ def roi_crop(
 
     Source: MARGL eq. (2), `affine_grid` and `grid_sample`.
     """
-    options = (*size, align_corners, backend) if isinstance(size, tuple) else None
+    plain = isinstance(size, tuple) and all(type(extent) is int for extent in size)  # 6.0 == 6, as a key too
+    options = (*size, align_corners, backend) if plain else None
     call = None if options is None else direct.signature("roi_crop", options, features, rois)
     if call is not None and call in direct.passed:
         return torch.ops.aufast.roi_crop.default.redispatch(
