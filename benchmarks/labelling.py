@@ -6,8 +6,8 @@ their full size (weights untrained: the cost is the same) and prints for each
 - the model's part alone, through the labeller and as a bare forward pass of the same batches,
 - the seconds of each stage while all run, and the whole run beside the slowest of them.
 
-`memory` labels 2,000 and 20,000 small frames with landmarks from a file and a small model, each in a process
-of its own, and prints the peak resident memory of both.
+`memory` labels 2,000 and 20,000 small frames with a small model, landmarks of every tenth coming from a file,
+each in a process of its own, and prints the peak resident memory of both.
 """
 
 from __future__ import annotations
@@ -91,8 +91,10 @@ def measure_time(folder: Path) -> None:
 
 
 def alone(labeler: Labeler, seen: list[Seen]) -> tuple[float, float]:
-    """Milliseconds a frame of the labeller's model part, and of nothing but forward: of each the best round,
-    taken in turns, so that what else the machine does counts little."""
+    """Milliseconds of processor time a frame of the labeller's model part, and of nothing but forward.
+
+    On one thread, taken in turns, of each the best round: what else the machine does counts little.
+    """
     recognizer = labeler.recognizer
     model = recognizer.model
     faces = [frame.faces[0].aligned for frame in seen]
@@ -101,13 +103,16 @@ def alone(labeler: Labeler, seen: list[Seen]) -> tuple[float, float]:
     centers = torch.from_numpy(centers).float()
     bare = (lambda: model(pixels[None])) if isinstance(model, AAR) else (lambda: model(pixels, centers))
     times: tuple[list[float], list[float]] = ([], [])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with torch.inference_mode():
-        for _ in range(6):
+        for _ in range(4):
             for run, row in ((lambda: recognizer.predict(seen), times[0]), (bare, times[1])):
-                start = time.perf_counter()
+                start = time.process_time()
                 run()
-                row.append(1e3 * (time.perf_counter() - start) / len(seen))
+                row.append(1e3 * (time.process_time() - start) / len(seen))
             recognizer.reset()
+    torch.set_num_threads(threads)
     return tuple(min(row) for row in times)
 
 
@@ -127,7 +132,7 @@ def measure_memory(folder: Path) -> None:
         with (folder / "faces" / f"{count}.csv").open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["frame", "face_id", *(f"{a}{k}" for k in range(49) for a in "xy")])
-            writer.writerows([k + 1, 0, *np.round(points.ravel(), 2)] for k in range(count))
+            writer.writerows([k + 1, 0, *np.round(points.ravel(), 2)] for k in range(0, count, 10))
         command = [sys.executable, "-m", "benchmarks.labelling", "one", str(folder), str(count)]
         found = json.loads(
             subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1]

@@ -7,6 +7,7 @@ of aufast, so it starts in a fraction of a second. Its parent reads it through `
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -54,11 +55,7 @@ def _decode(out, options: dict) -> dict:
                 "/dev/fd/0",
                 options={"protocol_whitelist": "file", "format_whitelist": options["formats"]},
             )
-        except MemoryError:
-            raise
         except (OSError, ValueError) as error:
-            if getattr(error, "errno", None) == 12:
-                raise MemoryError from error
             return _refuse("undecodable", f"cannot be opened as a video: {_reason(error)}")
         with container:
             stream, warnings = _choose(container)
@@ -66,12 +63,20 @@ def _decode(out, options: dict) -> dict:
                 return _refuse("undecodable", "holds no video")
             end = _frames(out, container, stream, options["max_pixels"])
     end.setdefault("warnings", [])[:0] = warnings
-    end["messages"] = list(dict.fromkeys(f"{name}: {text.strip()}" for _, name, text in logs))[:LOGGED]
+    end["messages"] = list(dict.fromkeys(f"{name}: {' '.join(text.split())}" for _, name, text in logs))[
+        :LOGGED
+    ]
     return end
 
 
 def _reason(error: Exception) -> str:
-    """FFmpeg's words without PyAV's path and number."""
+    """FFmpeg's words without PyAV's path and number.
+
+    Raises:
+        MemoryError: they say that there is too little memory.
+    """
+    if getattr(error, "errno", None) == errno.ENOMEM:
+        raise MemoryError from error
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
@@ -127,8 +132,6 @@ def _frames(out, container, stream, max_pixels: int) -> dict:
         except StopIteration:
             break
         except (OSError, ValueError) as error:
-            if getattr(error, "errno", None) == 12:
-                raise MemoryError from error
             broken = _reason(error)
             break
         if packet.pts is not None:
@@ -152,11 +155,8 @@ def _pictures(decode, counts: _Counts):
     """Decoded frames; a packet that cannot be decoded counts as a frame that failed."""
     try:
         yield from decode()
-    except MemoryError:
-        raise
     except (OSError, ValueError) as error:
-        if getattr(error, "errno", None) == 12:
-            raise MemoryError from error
+        _reason(error)  # too little memory is no broken packet
         counts.failed += 1
 
 
@@ -178,8 +178,11 @@ def _emit(out, frame, stream, counts: _Counts, info: dict) -> float:
 
 
 def _facts(stream, container) -> dict:
+    import av
+
     rate, base = stream.average_rate, stream.time_base
     return {
+        "ffmpeg": getattr(av, "ffmpeg_version_info", None),  # older PyAV does not tell
         "codec": stream.codec_context.name,
         "container": container.format.name,
         "pixel_format": stream.codec_context.pix_fmt,

@@ -67,6 +67,7 @@ def test_38_a_face_leaving_the_frame(every: int) -> None:
             assert found.aligned is not None or found.trouble
 
 
+@pytest.mark.slow
 def test_following_agrees_with_detecting() -> None:
     images = moving(12, step=2)
     for detected, followed in zip(find(images), find(images, detect_every=6), strict=True):
@@ -81,6 +82,7 @@ def test_a_followed_face_that_vanishes_is_not_kept() -> None:
     assert [len(f.faces) for f in find(images, detect_every=5)] == [1, 1, 0, 0, 0, 1]
 
 
+@pytest.mark.slow
 def test_threads_change_nothing() -> None:
     images = [np.hstack([scaled(a), scaled(220)]) for a in (200, 210, 220, 230)]
     one, three = (find(images, workers=n) for n in (1, 3))
@@ -217,6 +219,7 @@ def test_faces_that_cannot_be_used(case: str, tmp_path: Path, models: dict[str, 
     assert {v for k, v in row.items() if k.startswith("AU")} == {"0"}
 
 
+@pytest.mark.slow
 def test_given_landmarks_and_boxes_give_the_detectors_table(tmp_path: Path, models: dict[str, str]) -> None:
     (tmp_path / "faces").mkdir()
     _, (found,) = label_one_without(tmp_path, models["margl"])
@@ -237,6 +240,7 @@ def label_one_without(tmp_path: Path, model: str) -> tuple[dict, list[dict]]:
     return json.loads(sidecar.read_text()), list(csv.DictReader(sidecar.with_suffix(".csv").open()))
 
 
+@pytest.mark.slow
 def test_44_one_based_coordinates(tmp_path: Path, models: dict[str, str]) -> None:
     """Nothing in the numbers tells them apart, so the user says which they are."""
     (tmp_path / "faces").mkdir()
