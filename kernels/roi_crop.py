@@ -206,6 +206,26 @@ def roi_crop_features_gradient_kernel(
 
 
 @triton.jit
+def _store_region(
+    d_rois_ptr, roi, xx, xy, x0, yx, yy, y0, height, width, BOXES: tl.constexpr, ALIGN: tl.constexpr
+):
+    """From the gradient of `_region`'s six numbers to that of the region's own."""
+    if BOXES:
+        tl.store(d_rois_ptr + roi * 4, (x0 - xx) / 2)
+        tl.store(d_rois_ptr + roi * 4 + 1, (y0 - yy) / 2)
+        tl.store(d_rois_ptr + roi * 4 + 2, (x0 + xx) / 2)
+        tl.store(d_rois_ptr + roi * 4 + 3, (y0 + yy) / 2)
+    else:
+        row, scale_x, scale_y = d_rois_ptr + roi * 6, _scale(width, ALIGN), _scale(height, ALIGN)
+        tl.store(row, xx * scale_x)
+        tl.store(row + 1, xy * scale_x)
+        tl.store(row + 2, x0 * scale_x)
+        tl.store(row + 3, yx * scale_y)
+        tl.store(row + 4, yy * scale_y)
+        tl.store(row + 5, y0 * scale_y)
+
+
+@triton.jit
 def roi_crop_rois_gradient_kernel(
     d_rois_ptr,
     grad_ptr,
@@ -267,21 +287,10 @@ def roi_crop_rois_gradient_kernel(
         v = (2 * row + 1 - out_height) / _steps(out_height, ALIGN)
         d_xx, d_xy, d_x0 = d_xx + d_x * u, d_xy + d_x * v, d_x0 + d_x
         d_yx, d_yy, d_y0 = d_yx + d_y * u, d_yy + d_y * v, d_y0 + d_y
-    if BOXES:
-        wide, across = tl.sum(d_xx, 0), tl.sum(d_x0, 0)
-        high, down = tl.sum(d_yy, 0), tl.sum(d_y0, 0)
-        tl.store(d_rois_ptr + roi * 4, (across - wide) / 2)
-        tl.store(d_rois_ptr + roi * 4 + 1, (down - high) / 2)
-        tl.store(d_rois_ptr + roi * 4 + 2, (across + wide) / 2)
-        tl.store(d_rois_ptr + roi * 4 + 3, (down + high) / 2)
-    else:
-        row, scale_x, scale_y = d_rois_ptr + roi * 6, _scale(width, ALIGN), _scale(height, ALIGN)
-        tl.store(row, tl.sum(d_xx, 0) * scale_x)
-        tl.store(row + 1, tl.sum(d_xy, 0) * scale_x)
-        tl.store(row + 2, tl.sum(d_x0, 0) * scale_x)
-        tl.store(row + 3, tl.sum(d_yx, 0) * scale_y)
-        tl.store(row + 4, tl.sum(d_yy, 0) * scale_y)
-        tl.store(row + 5, tl.sum(d_y0, 0) * scale_y)
+    _store_region(
+        d_rois_ptr, roi, tl.sum(d_xx, 0), tl.sum(d_xy, 0), tl.sum(d_x0, 0), tl.sum(d_yx, 0), tl.sum(d_yy, 0),
+        tl.sum(d_y0, 0), height, width, BOXES, ALIGN,
+    )  # fmt: skip
 
 
 def _channels_last(features: Tensor) -> bool:
