@@ -96,6 +96,29 @@ def _agcrn() -> list[Bar]:
     return bars
 
 
+def _models() -> list[Bar]:
+    """Both models; the plain form runs in float32 whatever ours does."""
+    low = {"dtype": "bfloat16"}
+    return [
+        Bar("aar", "B1", "infer", "reference", 1.5),
+        Bar("aar", "B1", "infer", "reference", 2.8, **low),
+        Bar("aar", "B1", "infer", "compiled", 1.15),
+        Bar("aar", "B1", "infer", "compiled", 1.15, **low),
+        Bar("aar", "B1", "stem", "reference", 2.5),
+        Bar("aar", "stage1", "train", "reference", 1.4),
+        Bar("aar", "stage1", "memory", "reference", 1),
+        Bar("aar", "stage2", "train graph", "reference", 10),
+        Bar("margl", "B1", "infer", "reference", 1.8),
+        Bar("margl", "B16", "infer", "reference", 1.35),
+        Bar("margl", "B1", "infer", "reference", 2.5, **low),
+        Bar("margl", "B16", "infer", "reference", 2.5, **low),
+        Bar("margl", "B1", "after backbone", "reference", 3),
+        Bar("margl", "B16", "after backbone", "reference", 2),
+        Bar("margl", "B8", "train", "reference", 1.4),
+        Bar("margl", "B8", "memory", "reference", 1),
+    ]
+
+
 STEPS = 48  # of graph_gru
 CPU_BARS = [
     *_roi_crop(),
@@ -117,6 +140,7 @@ CPU_BARS = [
     Bar("region_conv", "8x8", "fwd", "loop", 2.2),
     Bar("region_conv", "8x8", "fwd", "grouped", 3),
     *_bfloat16(),
+    *_models(),
 ]
 
 BARS = {"cpu": CPU_BARS, "cuda": _gpu()}

@@ -10,7 +10,7 @@ import torch
 import aufast
 from benchmarks.harness import THREADS, compiler
 
-FILES = ("ceilings", "roi_crop", "graph_conv", "graph_gru", "agcrn", "region_conv")
+FILES = ("ceilings", "roi_crop", "graph_conv", "graph_gru", "agcrn", "region_conv", "models")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -17,9 +17,14 @@ from benchmarks.harness import THREADS, Run, work
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4096", "MALLOC_TRIM_THRESHOLD_": "4096"}
 
 
-def peak_above_inputs(run: Run) -> int:
-    """Bytes of a forward + backward, its outputs and gradients included, beyond what the inputs take."""
-    command = [sys.executable, "-m", "benchmarks.memory", run.case.operator, str(run)]
+def peak_above_inputs(run: Run, module: str | None = None) -> int:
+    """Bytes of a forward + backward, its outputs and gradients included, beyond what the inputs take.
+
+    Args:
+        run: one of the RUNS of `benchmarks.<module>`, which may have a `work` of its own.
+        module: the operator's where None.
+    """
+    command = [sys.executable, "-m", "benchmarks.memory", module or run.case.operator, str(run)]
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run(command, cwd=root, env=os.environ | ALLOCATOR, capture_output=True, text=True)
     if done.returncode:
@@ -39,7 +44,7 @@ def main(operator: str, name: str) -> None:
     torch.set_num_threads(THREADS)
     module = importlib.import_module(f"benchmarks.{operator}")
     run = next(run for run in module.RUNS if str(run) == name)
-    call = work(run)
+    call = getattr(module, "work", work)(run)
     call()  # code, thread pools and the libraries' own workspaces are there from now on
     ctypes.CDLL(None).malloc_trim(0)  # and what the allocator holds free is not
     Path("/proc/self/clear_refs").write_text("5")  # the highest so far := now
