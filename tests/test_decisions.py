@@ -13,6 +13,7 @@ import aufast.faces
 import aufast.label
 import aufast.models
 import aufast.models.aar
+import aufast.models.inference
 import aufast.models.margl
 import aufast.nn
 import aufast.ops
@@ -24,6 +25,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "decisions.md"
 MODULES = (
     aufast.ops,
     aufast.nn,
+    aufast.models.inference,
     aufast.models.margl,
     aufast.models.aar,
     aufast.faces,
