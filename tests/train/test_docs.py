@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -59,3 +60,18 @@ def test_the_choices_are_the_recipes():
     assert run.attention.batch == run.graph.batch == 1 and "1 clip of 48 frames" in PAGE
     assert run.data.validation == "none" and recipe("aar-disfa").initial_aus == "shared"
     assert f"**{cli.STOPPED}**" in PAGE and "carried" in PAGE and "carried" in score.__doc__
+
+
+def test_the_record_is_what_the_page_says():
+    record = Path(__file__).parents[2] / "benchmarks" / "results" / "2026-11-21-synthetic-faces.json"
+    assert f"../benchmarks/results/{record.name}" in PAGE
+    runs = {(run["variant"], run["seed"]): run for run in json.loads(record.read_text())["runs"]}
+    rows = {row[0]: row[1:] for row in re.findall(r"^\| `([\w-]+)` \|(.*)\|(.*)\|(.*)\|(.*)\|$", PAGE, re.M)}
+    assert rows.keys() == {"resnet18", "margl", "b-net", "aar"}
+    for variant, cells in rows.items():
+        found = [runs.get((variant, seed)) for seed in range(3)]
+        said = [f"{run['mean']:.1f}" if run else "not run" for run in found]
+        means = [run["mean"] for run in found if run]
+        assert [cell.strip() for cell in cells] == [*said, f"{sum(means) / len(means):.1f}"]
+        for run in filter(None, found):
+            assert run["mean"] == pytest.approx(sum(run["f1"]) / 12, abs=0.01)

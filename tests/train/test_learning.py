@@ -20,7 +20,7 @@ from aufast.train.processes import Processes
 from aufast.train.run import Log
 from tests.train.runs import AUS, MAKERS, metrics
 
-GENTLE = OptimizerConfig(lr=0.003, nesterov=True)
+GENTLE = OptimizerConfig(lr=0.001, nesterov=True)
 
 
 @pytest.mark.slow
