@@ -38,12 +38,12 @@ def wandering(count: int, height: int = 480, width: int = 640) -> Iterator[np.nd
     """Frames with the photograph's face going round in a circle."""
     from skimage import data
 
-    picture = data.astronaut()
+    # Head and shoulders: further down the detector takes a part of the suit for a face now and then.
+    part = data.astronaut()[:250, 40:400]
     for k in range(count):
-        x, y = 60 + 50 * np.cos(k / 15), 16 + 14 * np.sin(k / 15)
+        x, y = round(130 + 100 * np.cos(k / 15)), round(110 + 90 * np.sin(k / 15))
         frame = np.full((height, width, 3), 100, np.uint8)
-        part = picture[: height - 32, : width - 130]
-        frame[round(y) : round(y) + part.shape[0], round(x) : round(x) + part.shape[1]] = part
+        frame[y : y + len(part), x : x + part.shape[1]] = part
         yield frame
 
 
@@ -70,9 +70,11 @@ def measure_time(folder: Path) -> None:
         labeler = Labeler(config)
         stage = labeler.stage()
         seen = list(stage.run(Frame(k, k / 30, image) for k, image in enumerate(wandering(BATCH))))
+        assert all(len(frame.faces) == 1 for frame in seen)
         through, bare = alone(labeler, seen)
         print(
-            f"  model alone  {through:7.1f} ms a frame, bare forward {bare:7.1f} ms, {through / bare:.3f} ×"
+            f"  model alone, one thread: {through:.1f} ms a frame, bare forward {bare:.1f} ms, "
+            f"{through / bare:.3f} ×"
         )
         start = time.perf_counter()
         outcome = labeler.label(folder / "video.mp4", lambda _: [])
