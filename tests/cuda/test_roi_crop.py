@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from aufast import reference
-from aufast.ops.roi_crop import MOST_CROP_WIDTH
+from aufast.ops.roi_crop import MOST_CROP_WIDTH, _cuda_limit
 from tests.cuda.emulator.building import ROOT, emulated
 from tests.samples import SAMPLES, Sample, relative_error
 
@@ -241,3 +241,10 @@ def test_crops_that_are_too_wide_are_refused_in_words() -> None:
     call = made((1, 2, 3, 3), 1, (1, 2000))
     with pytest.raises(RuntimeError, match="crops this wide, 2000, have no room on the GPU"):
         emulate(call)
+
+
+def test_the_reason_names_the_size() -> None:
+    features = torch.empty(1, 1, 4, 4)
+    assert _cuda_limit(features, MOST_CROP_WIDTH, 2**15 - 1) is None
+    assert _cuda_limit(features, 641, 6) == "it takes crops of at most 640 columns, and came 641"
+    assert "at most 32767 pixels, and came 32768" in _cuda_limit(torch.empty(1, 1, 1, 2**15), 6, 6)
