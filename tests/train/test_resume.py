@@ -40,14 +40,6 @@ loop.train(MAKERS[system](Path(packed), data={"loaders": 1}), out, resume=True)
 """
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("system", MAKERS)
 def test_sigterm_saves_and_the_run_goes_on(packed, tmp_path, monkeypatch, system):
     config = MAKERS[system](packed)
@@ -100,7 +92,6 @@ def test_a_line_of_steps_done_again_is_not_there_twice(packed, tmp_path, monkeyp
         train(config, tmp_path / "run")
     assert (tmp_path / "run" / "metrics.jsonl").stat().st_size > 0
     monkeypatch.undo()
-    torch.set_num_threads(1)
     assert train(config, tmp_path / "run", resume=True)
     steps = [line["step"] for line in outcome(tmp_path / "run")["metrics"]]
     assert steps == sorted(set(steps))
