@@ -1,6 +1,6 @@
 #!/bin/sh
 # Build, check and time aufast on this machine's GPU. It needs the repository, a Python with torch >= 2.11 for CUDA,
-# and nvcc; each stage fits ten minutes on an H200.
+# and nvcc; each stage is meant to fit ten minutes.
 #
 #   benchmarks/gpu.sh                            build, check, sanitize, time
 #   benchmarks/gpu.sh build                      compile csrc/, into build/gpu
