@@ -24,7 +24,7 @@ constexpr int64_t kMostSequences = 16;  // that a thread runs together
 constexpr int64_t kFewSequences = 4;    // per thread, below which threads share the nodes instead
 constexpr int64_t kManyNodes = 48;      // from here on frames are mixed whole
 constexpr int64_t kWholeRows = 16;      // rows of a forward chunk then: its arrays hold them for every node
-constexpr int64_t kWholeRowNodes = 1 << 16;  // rows times nodes of a backward chunk: about 200 MB in all
+constexpr int64_t kWholeRowNodes = 1 << 14;  // rows times nodes of a backward chunk: about 50 MB in all
 constexpr int64_t kMixItems = 4;             // items for each member, at least
 constexpr int64_t kMixRows = 24;             // nodes of such an item, at least
 constexpr int64_t kCacheBytes = 3 << 19;     // of a core, for the state's half of the node matrices
@@ -51,8 +51,10 @@ struct GruCall {
   // Whole frames: φ of the state and of the input, Sᵀ, and frames turned for the gradient of S.
   T *mixed, *mixed_x, *transposed_supports, *turned;
   int64_t mixed_x_node;
+  T* transposed_pools;  // (ce, 3 transposed pools), from which a group's Θᵀ is made each time it is needed
   T *zeros, *one, *buffers, *scratch;
   int64_t buffer_size, scratch_size;  // of one member
+  int64_t theta_scratch;              // the first part of its scratch: Θᵀ of a group
   CrewSeat* seats;
   int64_t* finished;
   int members;
@@ -129,8 +131,9 @@ template <class T>
 void plan_common(GruCall<T>& c, Arena& arena, bool backward) {
   c.seats = arena.take<CrewSeat>(c.members);
   c.finished = arena.take<int64_t>(1);
-  c.zeros = arena.take<T>(std::max(
-      {kPoolRows * c.channels, kTransposed * (c.channels + c.inputs), c.graph.row, c.frame(), c.inputs}));
+  const int64_t made = c.whole ? c.transposed[0].block : 0;  // Θᵀ of a node at once
+  c.zeros = arena.take<T>(std::max({made, kPoolRows * c.channels, kTransposed * (c.channels + c.inputs),
+                                    c.graph.row, c.frame(), c.inputs}));
   c.one = arena.take<T>(1);
   c.graph.plan(arena, backward);
   c.scratch = arena.take<T>(c.members * c.scratch_size);
@@ -219,11 +222,16 @@ std::vector<Tensor> backward_as(const Tensor& grad_out, const Tensor& grad_h_las
   }
   c.chunk = chunk_for(c.whole ? std::max(kWholeRowNodes / m, kWholeRows) : kBackwardRows, c.batch, c.steps);
   const int64_t rows = c.batch * c.chunk, group = std::min(kMostNodes, m);
-  c.scratch_size = std::max({K * group * rows * std::max(c.inputs, c.channels), group * c.tile * c.channels,
-                             ce * kTransposed * c.transposed[0].row()});
+  c.theta_scratch = c.whole ? group * c.transposed[0].block : 0;
+  c.scratch_size =
+      c.theta_scratch + std::max({K * group * rows * std::max(c.inputs, c.channels),
+                                  group * c.tile * c.channels, ce * kTransposed * c.transposed[0].row()});
   door.workspace([&](Arena& arena) {
     plan_common(c, arena, true);
-    c.thetas.theta = arena.take<T>(m * c.transposed[0].block);
+    if (c.whole)
+      c.transposed_pools = arena.take<T>(ce * c.transposed[0].block);
+    else
+      c.thetas.theta = arena.take<T>(m * c.transposed[0].block);
     c.thetas.grad_theta = arena.take<T>(m * c.thetas.block);
     c.thetas.partial_Q = arena.take<T>(c.thetas.blocks() * m * ce);
     c.alpha = arena.take<T>(m * c.gate_node(c.batch));
