@@ -70,13 +70,8 @@ format: $(VENV)/.installed
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(wildcard csrc/*/*)
 
-# The sanitizers' runtimes must be in the process before Python's own libraries are. Leaks are not looked for:
-# Python and torch leave memory behind at exit. --capture=sys lets the report of an error through.
 asan: $(VENV)/.built
-	AUFAST_SANITIZE=address,undefined $(PY) setup.py -q build --build-lib build/asan
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  LD_PRELOAD="$$(for lib in libasan libubsan libstdc++; do g++ -print-file-name=$$lib.so; done | tr '\n' ' ')" \
-	  $(PYTEST) --capture=sys -o pythonpath='build/asan .' tests/ops
+	PYTHON=$(PY) .ci/asan
 
 wheel: $(VENV)/.installed
 	$(PIP) wheel --no-deps -w dist .
