@@ -10,14 +10,15 @@ import pytest
 import torch
 
 import aufast
-from aufast.data import PackedDataset, Recipe, prepare_dataset, synthesize
+from aufast.data import PackedDataset, prepare_dataset, synthesize
 from aufast.models import AAR
-from aufast.train import DataConfig, F1Frame, OptimizerConfig, evaluate_runs, recipe, train
+from aufast.train import F1Frame, OptimizerConfig, evaluate_runs, recipe, train
 from aufast.train.batches import au_columns
 from aufast.train.evaluate import score
 from aufast.train.loop import Trainer
 from aufast.train.processes import Processes
 from aufast.train.run import Log
+from aufast.train.short_run import FACES, SIZE
 from tests.train.runs import AUS, MAKERS, metrics
 
 GENTLE = OptimizerConfig(lr=0.001, nesterov=True)
@@ -107,11 +108,10 @@ def test_memory_stays_flat_over_ten_thousand_frames_of_testing(packed, monkeypat
 @pytest.mark.slow
 def test_a_small_margl_learns_synthetic_faces(tmp_path):
     """Unseen synthetic subjects, a minute of training; the whole recipe and its baselines are on record."""
-    synthesize(tmp_path / "synthetic", Recipe(subjects=18, videos=2, frames=60, seed=8), workers=2)
-    prepare_dataset(tmp_path / "synthetic", tmp_path / "packed", size=100, workers=2)
+    synthesize(tmp_path / "synthetic", FACES, workers=2)
+    prepare_dataset(tmp_path / "synthetic", tmp_path / "packed", size=SIZE, workers=2)
     small = recipe("margl-synthetic")
-    data = DataConfig(root=str(tmp_path / "packed"), crop=small.data.crop, loaders=1)
-    run = replace(small, data=data, regions=replace(small.regions, epochs=7))
-    assert train(run, tmp_path / "run")
+    data = replace(small.data, root=str(tmp_path / "packed"), part=3)
+    assert train(replace(small, data=data, regions=replace(small.regions, epochs=5)), tmp_path / "run")
     evaluation = evaluate_runs([tmp_path / "run"])
     assert evaluation.synthetic and evaluation.pooled.mean >= 70
