@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from aufast import reference
-from benchmarks import graph_conv, graph_gru, region_conv, roi_crop
+from benchmarks import agcrn, graph_conv, graph_gru, region_conv, roi_crop
 from benchmarks.bars import BARS
 from benchmarks.harness import Case, Run, WrongResultError, measure, runs
 
@@ -109,18 +109,25 @@ def test_a_right_result_is_timed_with_its_facts(mode: str) -> None:
     }
 
 
-def test_every_bar_is_about_runs_that_exist() -> None:
+def test_every_operators_bar_is_about_runs_that_exist() -> None:
     found = [
         *runs(roi_crop.CASES, roi_crop.PEERS),
         *runs(graph_conv.CASES, graph_conv.PEERS),
         *graph_gru.RUNS,
         *runs(region_conv.CASES, region_conv.PEERS),
+        *agcrn.RUNS,
     ]
     names = {(run.case.operator, str(run)) for run in found}
     memory = {
-        (run.case.operator, f"{run.case.name}-memory-float32-{run.provider}") for run in graph_gru.MEMORY_RUNS
+        (run.case.operator, f"{run.case.name}-memory-float32-{run.provider}")
+        for run in (*graph_gru.MEMORY_RUNS, *agcrn.MEMORY_RUNS)
     }
+    operators = {operator for operator, _ in names}
+    models = {"aar", "margl"}  # test_models.py is about theirs
+    assert {bar.operator for bar in BARS["cpu"]} == operators | models
     for bar in BARS["cpu"]:
+        if bar.operator not in operators:
+            continue
         dtype, provider = bar.dtype, bar.against
         if bar.against in ("fma", "float32"):
             dtype, provider = "float32" if bar.against == "float32" else bar.dtype, "reference"
