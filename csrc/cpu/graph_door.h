@@ -59,7 +59,7 @@ class Door {
 
   // (…, columns) as (rows, padded columns) of T.
   const T* in(const Tensor& tensor, int64_t columns) {
-    kept_.push_back(torch::stable::contiguous(tensor));
+    kept_.push_back(dense_of(tensor));
     const Tensor& dense = kept_.back();
     if (native(dense.scalar_type()) && columns == padded<T>(columns))
       return static_cast<const T*>(dense.data_ptr());
@@ -90,12 +90,14 @@ class Door {
   }
   // The same without padding, for matrices that are only read element by element.
   const T* plain(const Tensor& tensor) {
+    if (native(tensor.scalar_type()) && tensor.is_contiguous())
+      return static_cast<const T*>(tensor.data_ptr());
     return in(torch::stable::reshape(tensor, {tensor.numel()}), tensor.numel());
   }
 
   const int64_t* integers(const std::optional<Tensor>& tensor) {
     if (!tensor.has_value()) return nullptr;
-    kept_.push_back(torch::stable::contiguous(*tensor));
+    kept_.push_back(dense_of(*tensor));
     return static_cast<const int64_t*>(kept_.back().data_ptr());
   }
 
@@ -162,6 +164,10 @@ class Door {
   };
   static constexpr ScalarType type() { return sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double; }
   static bool native(ScalarType dtype) { return dtype == type(); }
+  // Asking the dispatcher costs more than a small array's whole conversion.
+  static Tensor dense_of(const Tensor& tensor) {
+    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  }
 
   Conversions conversions_;
   std::vector<Tensor> kept_, arrays_;

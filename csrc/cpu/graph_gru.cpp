@@ -21,9 +21,10 @@ namespace {
 constexpr int64_t kForwardRows = 96;    // rows of an input-half product: sequences times steps of a chunk
 constexpr int64_t kBackwardRows = 192;  // rows of a weight-gradient product
 constexpr int64_t kMostSequences = 16;  // that a thread runs together
-constexpr int64_t kFewSequences = 4;    // per thread, below which threads share the nodes instead
-constexpr int64_t kManyNodes = 48;      // from here on frames are mixed whole
-constexpr int64_t kWholeRows = 16;      // rows of a forward chunk then: its arrays hold them for every node
+constexpr int64_t kFewSequences = 8;    // per thread (a tile of rows), below which threads share the nodes
+constexpr int64_t kFewPairs = 4;    // the same where Θ is kept as pairs: half as many bytes to read a step
+constexpr int64_t kManyNodes = 48;  // from here on frames are mixed whole
+constexpr int64_t kWholeRows = 16;  // rows of a forward chunk then: its arrays hold them for every node
 constexpr int64_t kWholeRowNodes = 1 << 14;  // rows times nodes of a backward chunk: about 50 MB in all
 constexpr int64_t kMixItems = 4;             // items for each member, at least
 constexpr int64_t kMixRows = 24;             // nodes of such an item, at least
@@ -92,7 +93,7 @@ struct GruTensors {
 };
 
 template <class T>
-GruCall<T> describe(Door<T>& door, const GruTensors& a) {
+GruCall<T> describe(Door<T>& door, const GruTensors& a, int64_t few_sequences) {
   GruCall<T> c{};
   const Tensor& x = a[kX];
   const int64_t m = x.size(2), cin = x.size(3), n = a.channels(), ce = a[kU].size(1);
@@ -116,7 +117,7 @@ GruCall<T> describe(Door<T>& door, const GruTensors& a) {
   const int64_t state_half = m * order * n * 3 * c.channels * static_cast<int64_t>(sizeof(T));
   c.whole = m >= kManyNodes;
   c.by_sequences =
-      !c.whole && (c.members == 1 || (c.batch >= kFewSequences * c.members && state_half <= kCacheBytes));
+      !c.whole && (c.members == 1 || (c.batch >= few_sequences * c.members && state_half <= kCacheBytes));
   const int64_t rounds = (c.batch + c.members * kMostSequences - 1) / (c.members * kMostSequences);
   c.tile = c.by_sequences ? (c.batch + c.members * rounds - 1) / std::max<int64_t>(c.members * rounds, 1)
                           : c.batch;
@@ -161,8 +162,9 @@ void prepare(GruCall<T>& c) {
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> forward_as(const GruTensors& a, bool save) {
   Door<T> door({AUFAST_PICK(widen), AUFAST_PICK(narrow)});
-  GruCall<T> c = describe<T>(door, a);
   const ScalarType dtype = a[kX].scalar_type();
+  const bool pairs = in_pairs(dtype, {a[kX].size(3), a.channels()});
+  GruCall<T> c = describe<T>(door, a, pairs ? kFewPairs : kFewSequences);
   const ScalarType state_dtype = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
   const int64_t m = c.graph.nodes, n = c.live_channels;
   Tensor out = torch::stable::empty({c.batch, c.steps, m, n}, dtype);
@@ -178,7 +180,6 @@ std::tuple<Tensor, Tensor, Tensor> forward_as(const GruTensors& a, bool save) {
   const int64_t group = std::min(kMostNodes, m);
   c.scratch_size = group * std::max(c.graph.order * c.tile * std::max(c.chunk * c.inputs, c.channels),
                                     kPoolRows * c.channels);
-  const bool pairs = in_pairs(dtype, {c.live_inputs, n});
   c.buffer_size = m * c.gate_node(c.tile) + c.tile * c.frame();
   door.workspace([&](Arena& arena) {
     plan_common(c, arena, false);
@@ -198,7 +199,7 @@ template <class T>
 std::vector<Tensor> backward_as(const Tensor& grad_out, const Tensor& grad_h_last, const GruTensors& a,
                                 const Tensor& out, const Tensor& saved, int64_t needs) {
   Door<T> door({AUFAST_PICK(widen), AUFAST_PICK(narrow)});
-  GruCall<T> c = describe<T>(door, a);
+  GruCall<T> c = describe<T>(door, a, kFewSequences);
   const int64_t m = c.graph.nodes, n = c.live_channels, ce = c.graph.embeddings, K = c.graph.order;
   const int64_t last[kInputs] = {c.live_inputs, ce, 0, n, n, n, n, n, n, n};
   std::vector<Tensor> results;

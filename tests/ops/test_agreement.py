@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,11 +36,39 @@ def truth_of(sample: Sample, dtype: torch.dtype) -> dict[str, Tensor]:
     return run(ways(sample)["reference"], exact)
 
 
+def draws(sample: Sample) -> list[Sample]:
+    """The sample; of a graph, also with other numbers near its own.
+
+    Where one gate is nearly saturated, its last bit decides the error of a whole gradient of so small a
+    sample, for the definition as for the kernels. Several draws tell luck from a systematic error.
+    """
+    if sample.operator not in ("graph_conv", "graph_gru"):
+        return [sample]
+    generator = torch.Generator().manual_seed(0)
+
+    def near(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        return tensor + 0.1 * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+
+    return [replace(sample, tensors={k: near(t) for k, t in sample.tensors.items()}) for _ in range(5)]
+
+
 @pytest.mark.parametrize(("sample", "way"), PAIRS)
-def test_float32(sample: Sample, way: str) -> None:
-    """Forty roundings: room for short sums and for exponentials a few units in the last place off."""
-    actual = run(ways(sample)[way], sample.inputs(torch.float32))
-    assert_same(actual, truth_of(sample, torch.float32), 40 * torch.finfo(torch.float32).eps)
+def test_float32_is_at_most_twice_as_far_from_the_truth_as_the_definition(sample: Sample, way: str) -> None:
+    """RMS over the draws, for each output and gradient of its own; four roundings are allowed beside."""
+    squares: dict[str, list[tuple[float, float]]] = {}
+    for draw in draws(sample):
+        truth = truth_of(draw, torch.float32)
+        definition, actual = (
+            run(ways(draw)[name], draw.inputs(torch.float32)) for name in ("reference", way)
+        )
+        for name in truth:
+            pair = relative_error(actual[name], truth[name]), relative_error(definition[name], truth[name])
+            squares.setdefault(name, []).append((pair[0] ** 2, pair[1] ** 2))
+    for name, errors in squares.items():
+        actual_error, own_error = (math.sqrt(sum(e) / len(e)) for e in zip(*errors, strict=True))
+        assert actual_error <= 2 * own_error + 4 * torch.finfo(torch.float32).eps, name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -207,6 +207,54 @@ def test_gru_equals_reference(size, options, normalization, order, dtype):
         assert relative(value, truth) < 3 * TOLERANCE[dtype]
 
 
+# One dimension at a time at the largest size that is promised, the others small; but seven nodes at least in
+# wide products, because the gradient of a graph of two is a difference of two nearly equal numbers.
+LARGE_CONV = {
+    "m-1024-ce-64": ((2,), 1024, 3, 5, 64),
+    "frames-1000": ((1000,), 7, 17, 5, 2),
+    "inputs-1000": ((3,), 7, 1000, 17, 2),
+    "outputs-1000": ((3,), 7, 17, 1000, 2),
+}
+LARGE_GRU = {
+    "m-1024-ce-64": (1, 2, 1024, 2, 3, 64),
+    "steps-2000": (2, 2000, 3, 2, 5, 2),
+    "channels-512": (2, 3, 7, 17, 512, 2),
+    "inputs-1000": (2, 3, 7, 1000, 5, 2),
+    "batch-1000": (1000, 3, 7, 3, 17, 2),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("normalization", "order"), [("global", 1), ("softmax", 3)])
+@pytest.mark.parametrize("size", LARGE_CONV)
+def test_large_conv_equals_reference(size, normalization, order, dtype):
+    inputs = conv_inputs(*LARGE_CONV[size], order, normalization, False, True, dtype)
+    (grad,) = random_tensors((*inputs[0].shape[:-1], inputs[3].shape[-1]), scales=(1,), dtype=dtype)
+    (out,), grads = truth_of(
+        lambda *a: (reference.graph_conv(*a, normalization=normalization),), inputs, [grad]
+    )
+    for value, truth in zip(run_conv(inputs, grad, normalization), [out, *grads], strict=True):
+        assert relative(value, truth) < TOLERANCE[dtype]
+
+
+# Without 2,000 steps of a Chebyshev graph, over which the definition takes most of a minute.
+LARGE_GRU_CASES = [(size, "global", 1) for size in LARGE_GRU]
+LARGE_GRU_CASES += [(size, "softmax", 3) for size in LARGE_GRU if size != "steps-2000"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("size", "normalization", "order"), LARGE_GRU_CASES)
+def test_large_gru_equals_reference(size, normalization, order, dtype):
+    sizes = LARGE_GRU[size]
+    inputs = gru_inputs(*sizes, order, normalization, True, True, dtype)
+    grads, lengths = gru_grads(inputs), random_lengths(*sizes[:2])
+    outputs, wanted = truth_of(gru_definition(lengths, normalization), inputs, grads)
+    for value, truth in zip(run_gru(inputs, grads, lengths, normalization), [*outputs, *wanted], strict=True):
+        assert relative(value, truth) < 3 * TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("batch", [1, 3, 8, 33])
 def test_gru_has_the_same_bits_at_any_thread_count(batch, thread_counts):
     inputs = gru_inputs(batch, 6, 12, 40, 24, 8, 1, "global", True, True, torch.float32)
