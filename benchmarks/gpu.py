@@ -85,8 +85,11 @@ def ceilings(device: str, copied: int = COPIED, matrix: int = MATRIX) -> dict[st
 
 
 def git(*arguments: str) -> str | None:
-    """What git prints, None where there is no repository."""
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    """What git prints, None where there is no repository or no git."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return None
     return done.stdout.strip() if done.returncode == 0 else None
 
 

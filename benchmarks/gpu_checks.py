@@ -48,6 +48,12 @@ def on(device: str, sample: Sample, backend: str) -> Callable[[Tensors], tuple[T
     return call
 
 
+def results(device: str, sample: Sample, backend: str, dtype: torch.dtype) -> Tensors:
+    """Outputs and gradients by name, in the CPU's memory, where `run` makes the incoming gradients."""
+    call = on(device, sample, backend)
+    return run(lambda tensors: tuple(output.cpu() for output in call(tensors)), sample.inputs(dtype))
+
+
 def _everywhere(device: str, samples: list[Sample]) -> Iterator[tuple[Sample, str]]:
     for sample in samples:
         yield from ((sample, backend) for backend in backends_for(sample, device))
@@ -71,12 +77,12 @@ def agreement(device: str) -> Iterator[str]:
                 k: None if t is None else t.detach().double().requires_grad_() for k, t in inputs.items()
             }
             truth = run(lambda t, s=sample: s.public(t, "reference"), exact)
-            found = run(on(device, sample, backend), inputs)
+            found = results(device, sample, backend, dtype)
             plain = {}
             if dtype not in TOLERANCES:
                 plain = run(lambda t, s=sample: s.public(t, "reference"), sample.inputs(dtype))
             for name, value in found.items():
-                error = relative_error(value.cpu(), truth[name])
+                error = relative_error(value, truth[name])
                 limit = TOLERANCES.get(dtype)
                 if limit is None:
                     limit = 2 * relative_error(plain[name], truth[name]) + torch.finfo(dtype).eps
@@ -92,7 +98,7 @@ def same_bits_again(device: str) -> Iterator[str]:
     """Two calls, the same bits, outputs and gradients."""
     for sample, backend in _everywhere(device, TYPICAL):
         for dtype in DTYPES[:2]:
-            first, second = (run(on(device, sample, backend), sample.inputs(dtype)) for _ in range(2))
+            first, second = (results(device, sample, backend, dtype) for _ in range(2))
             for name, value in first.items():
                 equal = torch.equal(value.nan_to_num(7), second[name].nan_to_num(7))
                 _demand(equal, f"{sample} {backend} {dtype}: {name} differs from call to call")
@@ -104,13 +110,13 @@ def other_stream(device: str) -> Iterator[str]:
     if device != "cuda":
         raise Skipped("streams are a GPU's")
     for sample, backend in _everywhere(device, TYPICAL):
-        expected = run(on(device, sample, backend), sample.inputs(torch.float32))
+        expected = results(device, sample, backend, torch.float32)
         busy = torch.randn(4096, 4096, device=device)
         for _ in range(20):
             busy = busy @ busy
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
-            found = run(on(device, sample, backend), sample.inputs(torch.float32))
+            found = results(device, sample, backend, torch.float32)
         stream.synchronize()
         for name, value in found.items():
             equal = torch.equal(value.nan_to_num(7), expected[name].nan_to_num(7))

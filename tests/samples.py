@@ -263,6 +263,8 @@ def _graph_gru() -> list[Sample]:
         sample("biases", (2, 3, 3, 1), biases=True),
         sample("lengths", (3, 3, 3, 1), h0=True, lengths=torch.tensor([2, 0, 3])),
         sample("lengths_beyond", (3, 3, 3, 1), h0=True, lengths=torch.tensor([9, -1, 2])),
+        sample("lengths_column", (3, 3, 3, 1), lengths=torch.tensor([[2, 9], [0, 9], [1, 9]])[:, 0]),
+        sample("lengths_expanded", (3, 3, 3, 1), lengths=torch.tensor([2]).expand(3)),
         sample("softmax_1", (1, 2, 3, 1), K=1),
         sample("softmax_2", (2, 2, 3, 1), K=2, h0=True, biases=True, lengths=torch.tensor([1, 2])),
         sample("softmax_3", (1, 2, 3, 1), K=3, biases=True),

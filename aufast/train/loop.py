@@ -41,7 +41,7 @@ from aufast.train.objectives import (
     set_relations,
     training_weights,
 )
-from aufast.train.processes import Processes, joined
+from aufast.train.processes import Processes, join
 from aufast.train.run import Log, open_run
 from aufast.train.transfer import start_from
 
@@ -66,8 +66,8 @@ def train(config: MARGLRun | AARRun, out: str | os.PathLike[str], *, resume: boo
         OSError: `out` cannot be written; the last whole checkpoint is kept.
     """
     out = Path(out)
+    processes = join(config.device)
     with contextlib.ExitStack() as stack:
-        processes = stack.enter_context(joined(config.device))
         if config.backend:
             stack.enter_context(aufast.use_backend(config.backend))
         trainer = Trainer(config, out, processes)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
+import atexit
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -50,8 +49,7 @@ class Processes:
                 dist.broadcast(buffer, 0)
 
 
-@contextlib.contextmanager
-def joined(device: str = "auto") -> Iterator[Processes]:
+def join(device: str = "auto") -> Processes:
     """Join the processes of `torchrun`; without it, this one is alone.
 
     Args:
@@ -74,13 +72,10 @@ def joined(device: str = "auto") -> Iterator[Processes]:
         if not torch.cuda.is_available() or place.index >= torch.cuda.device_count():
             raise ValueError(f"device {device}: PyTorch sees {torch.cuda.device_count()} GPUs here")
         torch.cuda.set_device(place)
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1 or dist.is_initialized():
-        ready = dist.is_initialized()
-        yield Processes(dist.get_rank() if ready else 0, dist.get_world_size() if ready else 1, place)
-        return
-    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
-    try:
-        yield Processes(dist.get_rank(), world, place)
-    finally:
-        dist.destroy_process_group()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        # Until this process ends: a second group on the same port could meet the store of the first.
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
+    if not dist.is_initialized():
+        return Processes(0, 1, place)
+    return Processes(dist.get_rank(), dist.get_world_size(), place)

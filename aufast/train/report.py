@@ -20,7 +20,7 @@ from aufast.train.checkpoint import STATE, Link
 from aufast.train.config import AARRun, MARGLRun
 from aufast.train.evaluate import score
 from aufast.train.metrics import F1Result, mean_defined
-from aufast.train.processes import Processes, joined
+from aufast.train.processes import Processes, join
 from aufast.train.run import SPLIT, read_config
 
 Row = Sequence[float]
@@ -128,21 +128,21 @@ def evaluate_runs(
         raise ValueError("there is no run to evaluate")
     parts: dict[str, F1Result] = {}
     notes, heads = [], []
-    with joined(device) as processes:
-        for run in map(Path, runs):
-            config = read_config(run)
-            if root:
-                config = replace(config, data=replace(config.data, root=root))
-            split, name = make_split(config.data, config.model.aus), _part_name(config)
-            if name in parts:
-                raise ValueError(f"{run}: tests {name}, as another of these runs does")
-            parts[name] = _test(run, link, config, split, processes, loaders)
-            head = (config.model.variant, split.packed.dataset, split.packed.synthetic, config.model.aus)
-            heads.append(head)
-            if head != heads[0]:
-                raise ValueError(f"{run}: is of {head}, but {runs[0]} of {heads[0]}; they make no table")
-            if config.data.validation == "test":
-                notes.append(f"{name}: the checkpoint was CHOSEN ON THE TEST DATA")
+    processes = join(device)
+    for run in map(Path, runs):
+        config = read_config(run)
+        if root:
+            config = replace(config, data=replace(config.data, root=root))
+        split, name = make_split(config.data, config.model.aus), _part_name(config)
+        if name in parts:
+            raise ValueError(f"{run}: tests {name}, as another of these runs does")
+        parts[name] = _test(run, link, config, split, processes, loaders)
+        head = (config.model.variant, split.packed.dataset, split.packed.synthetic, config.model.aus)
+        heads.append(head)
+        if head != heads[0]:
+            raise ValueError(f"{run}: is of {head}, but {runs[0]} of {heads[0]}; they make no table")
+        if config.data.validation == "test":
+            notes.append(f"{name}: the checkpoint was CHOSEN ON THE TEST DATA")
     variant, dataset, synthetic, _ = heads[0]
     pooled = F1Result.pooled(list(parts.values()))
     title = f"{variant} on {'SYNTHETIC faces in the layout of ' if synthetic else ''}{dataset}"

@@ -128,7 +128,7 @@ def test_python_threads_do_not_disturb_each_other(name: str, two_threads: None) 
 
 def interrupted_calls() -> None:
     """Every operator in calls of a good part of a second, until an interrupt; then a small call."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may have it ignored
     torch.set_num_threads(2)
     large = {"roi_crop": 300, "region_conv": 300, "graph_conv": 3000, "graph_gru": 500}
     for name, make in OPERATORS.items():

@@ -83,7 +83,7 @@ def test_two_processes_take_the_steps_of_one(packed, tmp_path, system):
 def test_gradients_of_one_step_add_up(packed, tmp_path, monkeypatch, system):
     """A step over accumulated batches has the gradient of the batches' summed parts, by autograd itself."""
     from aufast.train.loop import Trainer
-    from aufast.train.processes import joined
+    from aufast.train.processes import join
 
     config = MAKERS[system](packed, batch=2, stage={"accumulate": 3})
     seen = []
@@ -106,5 +106,5 @@ def test_gradients_of_one_step_add_up(packed, tmp_path, monkeypatch, system):
     monkeypatch.setattr(Trainer, "_step", step)
     assert train(config, tmp_path / "run")
     assert len(seen) > 2 and min(seen) > 0
-    with joined("cpu") as processes:
-        assert (processes.rank, processes.world) == (0, 1)
+    processes = join("cpu")
+    assert (processes.rank, processes.world) == (0, 1)
