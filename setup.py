@@ -479,7 +479,11 @@ if __name__ == "__main__":
     setuptools.setup(
         packages=[*setuptools.find_packages(include=["aufast", "aufast.*"]), "aufast.kernels"],
         package_dir={"aufast.kernels": "kernels"},
-        package_data={"aufast": ["py.typed"], "aufast.train": ["published.json"]},
+        package_data={
+            "aufast": ["py.typed"],
+            "aufast.label": ["report.html"],
+            "aufast.train": ["published.json"],
+        },
         distclass=CompiledDistribution,
         cmdclass={"build_ext": BuildKernels, "bdist_wheel": Wheel},
     )

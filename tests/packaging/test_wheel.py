@@ -93,7 +93,7 @@ def test_wheel_holds_every_module_and_library(wheel: Path, tmp_path: Path) -> No
     assert {name for name in names if name.endswith(".so")} == {"aufast/_cpu.so"} | (
         {"aufast/_cuda.so"} if facts["cuda"]["built"] else set()
     )
-    assert {"aufast/py.typed", "aufast/label/report.html"} <= names
+    assert {"aufast/py.typed", "aufast/label/report.html", "aufast/train/published.json"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any(name.startswith(("tests/", "kernels/", "csrc/", "benchmarks/")) for name in names)
     assert facts["cpu"]["built"] is True
