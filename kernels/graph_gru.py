@@ -13,6 +13,7 @@ from aufast.kernels.graph_conv import convolve, convolve_gradients
 from aufast.kernels.graph_gru_steps import graph_gru_backward_kernel, graph_gru_kernel
 from aufast.kernels.parameters import (
     SOFTMAX,
+    contiguous,
     node_weights,
     pool_gradients,
     support_gradient,
@@ -39,11 +40,6 @@ def _halves(Q: Tensor, pools: tuple[Tensor, Tensor, Tensor], channels: int) -> t
     """Θ of the three gates side by side: (m, K, c, 3c) on the state, (m, K, c_in, 3c) on the input."""
     theta = node_weights(Q, torch.cat(pools, dim=-1), len(Q))  # (m, K, c + c_in, 3c)
     return theta[:, :, :channels].contiguous(), theta[:, :, channels:].contiguous()
-
-
-def _dense(lengths: Tensor | None) -> Tensor | None:
-    """For the kernels, which take one length after the other."""
-    return None if lengths is None else lengths.contiguous()
 
 
 def _pools(normalization: int, *pools: Tensor) -> tuple[Tensor, ...]:
@@ -86,7 +82,7 @@ def graph_gru(
     mixed = x.new_empty(batch, nodes, order, channels)
     reset, update = torch.empty_like(state), torch.empty_like(state)
     graph_gru_kernel[(triton.cdiv(batch, BLOCK_BATCH),)](
-        out, state, saved, gates, matrix, theta_state, _dense(lengths), mixed, reset, update,
+        out, state, saved, gates, matrix, theta_state, contiguous(lengths), mixed, reset, update,
         batch, steps, nodes, order, channels,
         LENGTHS=lengths is not None, SAVE=save, PRECISION=dot_precision(x.dtype), BLOCK_BATCH=BLOCK_BATCH,
         BLOCK_COLUMNS=BLOCK_COLUMNS, BLOCK_OUTS=_outs(channels), **_resources(x.dtype),
@@ -110,8 +106,8 @@ def _walk_back(
     d_state = grad_h_last.clone(memory_format=torch.contiguous_format)
     P = d_state.new_empty(batch, nodes, order, channels)
     graph_gru_backward_kernel[(triton.cdiv(batch, BLOCK_BATCH),)](
-        d_gates, d_state, grad_out, saved, previous, matrix.T.contiguous(), theta_state, _dense(lengths), P,
-        batch, steps, nodes, order, channels, *grad_out.stride(),
+        d_gates, d_state, grad_out, saved, previous, matrix.T.contiguous(), theta_state,
+        contiguous(lengths), P, batch, steps, nodes, order, channels, *grad_out.stride(),
         LENGTHS=lengths is not None, PRECISION=dot_precision(saved.dtype), BLOCK_BATCH=BLOCK_BATCH,
         BLOCK_COLUMNS=BLOCK_COLUMNS, BLOCK_OUTS=_outs(channels), **_resources(saved.dtype),
     )  # fmt: skip

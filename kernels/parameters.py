@@ -10,6 +10,11 @@ from aufast.reference.graph_conv import global_adjacency, softmax_supports
 SOFTMAX = 1
 
 
+def contiguous(value: Tensor | None) -> Tensor | None:
+    """For kernels that take an argument's numbers one after the other."""
+    return None if value is None else value.contiguous()
+
+
 def support_matrix(U: Tensor, order: int, normalization: int) -> Tensor:
     """S as a float32 matrix (m·K, m), row i·K + k: `I + N(R(U Uᵀ))` (AAR eq. 10) or AGCRN's K supports."""
     U = U.float()

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = (
-    ("aus", "labels"),
+    ("aus", "files", "labels"),
     ("reference", "kernels"),
     ("ops",),
     ("nn",),

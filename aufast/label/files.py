@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from aufast.data.files import sync_folder
 from aufast.faces.images import FORMATS
+from aufast.files import sync_folder
 from aufast.label.config import InputError
 from aufast.label.video import open_regular
 

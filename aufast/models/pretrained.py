@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from aufast.files import write_whole
 from aufast.models.config import build_config
 from aufast.models.layout import stack_
 
@@ -94,7 +95,7 @@ class Pretrained(nn.Module):
             f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in files.items()
         ).encode()
         for name, data in files.items():
-            _write(folder / name, data)
+            write_whole(folder / name, data)
 
     @classmethod
     def from_pretrained(cls: type[Model], folder: str | os.PathLike[str]) -> Model:
@@ -114,18 +115,6 @@ class Pretrained(nn.Module):
                 "use aufast.models.load_model"
             )
         return build_model(cls, folder, content)
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _refuse(path: Path, reason: str) -> NoReturn:

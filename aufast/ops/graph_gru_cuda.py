@@ -16,6 +16,7 @@ from torch import Tensor
 
 from aufast.kernels.parameters import (
     SOFTMAX,
+    contiguous,
     node_weights,
     pool_gradients,
     support_gradient,
@@ -135,10 +136,6 @@ def _running(x: Tensor, lengths: Tensor | None) -> Tensor:
     return x.masked_fill(after[:, :, None, None], 0)
 
 
-def _contiguous(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.contiguous()
-
-
 def graph_gru(
     x: Tensor,
     U: Tensor,
@@ -167,7 +164,7 @@ def graph_gru(
     gates = gates.view(nodes, batch, steps, -1)  # (m, B, T, 3c)
     theta = _forward_theta(made.theta_state, made.tf32)
     return torch.ops.aufast.graph_gru_steps(
-        gates, theta, made.supports, _contiguous(h0), _contiguous(lengths), made.tf32, save
+        gates, theta, made.supports, contiguous(h0), contiguous(lengths), made.tf32, save
     )
 
 
@@ -201,8 +198,8 @@ def graph_gru_backward(
         saved,
         _backward_theta(made.theta_state, made.tf32),
         made.supports,
-        _contiguous(h0),
-        _contiguous(lengths),
+        contiguous(h0),
+        contiguous(lengths),
         made.tf32,
     )
     d_gates = d_gates.view(nodes, batch * steps, 3 * channels)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from aufast.data.files import write_whole, writing
+from aufast.files import write_whole, writing
 from aufast.models import AAR, MARGL
 from aufast.models.margl import VARIANTS as MARGL_VARIANTS
 from aufast.train.config import AARRun, MARGLRun

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 
 import aufast
 from aufast.data import ClipDataset, Cropping, FrameDataset, gather_labels
-from aufast.data.files import writing
 from aufast.data.parallel import Progress
+from aufast.files import writing
 from aufast.models import AAR, MARGL, load_model
 from aufast.train.batches import Batches, make_loader, make_split, to_device
 from aufast.train.checkpoint import (

@@ -12,8 +12,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from aufast.data.files import write_whole, writing
 from aufast.data.packed import read_json
+from aufast.files import write_whole, writing
 from aufast.models import load_model
 from aufast.train.batches import Split, make_split
 from aufast.train.checkpoint import STATE, Link

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from aufast.data.files import locked, write_whole
 from aufast.data.packed import read_json
+from aufast.files import locked, write_whole
 from aufast.models import AARConfig, MARGLConfig
 from aufast.train.batches import Split
 from aufast.train.checkpoint import remove_unlinked
