@@ -141,14 +141,15 @@ void multiply(Product<T> p) {
 }
 
 #if AUFAST_BF16
-// C = start + Σ_s A_s B_s with bfloat16 factors and float sums: `depth` counts pairs of k. Rows of A are
-// bfloat16; row k of B_s holds the pairs (2k, 2k+1) of every column side by side (bf16_pairs).
+// C = start + Σ_s A_s B_s with bfloat16 factors and float sums: `depth` counts pairs of k. A and B hold pairs
+// (2k, 2k+1), of every row of A and of every column of B; strides count pairs, and mean what they do in
+// Product.
 struct PairProduct {
   int64_t rows, columns, depth, segments;
   const uint32_t* A;
-  int64_t a_segment, a_row;
+  int64_t a_segment, a_row, a_step;
   const uint32_t* B;
-  int64_t b_segment;  // a row of B has `columns` pairs
+  int64_t b_row, b_segment;
   const float* start;
   int64_t start_row;
   float* C;
@@ -168,7 +169,7 @@ template <int TILES>
 __attribute__((target("amx-tile,amx-bf16"))) void tile_panel(const PairProduct& p, int64_t row,
                                                              int64_t column) {
   const float* start = p.start + row * p.start_row + column;
-  const int64_t start_bytes = p.start_row * 4, a_bytes = p.a_row * 4, b_bytes = p.columns * 4,
+  const int64_t start_bytes = p.start_row * 4, a_bytes = p.a_row * 4, b_bytes = p.b_row * 4,
                 c_bytes = p.c_row * 4;
 #define AUFAST_EACH_TILE(step)          \
   step(2, 0) if constexpr (TILES > 1) { \
@@ -190,7 +191,7 @@ __attribute__((target("amx-tile,amx-bf16"))) void tile_panel(const PairProduct& 
   AUFAST_EACH_TILE(AUFAST_LOAD)
   for (int64_t s = 0; s < p.segments; ++s) {
     const uint32_t *a = p.A + s * p.a_segment + row * p.a_row, *b = p.B + s * p.b_segment + column;
-    for (int64_t k = 0; k < p.depth; k += 16, a += 16, b += 16 * p.columns) {
+    for (int64_t k = 0; k < p.depth; k += 16, a += 16, b += 16 * p.b_row) {
       _tile_loadd(0, a, a_bytes);
 #define AUFAST_MULTIPLY(tile, n)       \
   _tile_loadd(1, b + n * 16, b_bytes); \
@@ -254,10 +255,10 @@ void pair_tile(const PairProduct& p, int64_t row, int64_t column) {
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 6
     for (int v = 0; v < VECTORS; ++v) sums[r][v] = _mm512_loadu_ps(start + r * p.start_row + v * 16);
-  const int64_t a_row = p.a_row, depth = p.depth, b_row = p.columns;
+  const int64_t a_row = p.a_row, a_step = p.a_step, depth = p.depth, b_row = p.b_row;
   for (int64_t s = 0; s < p.segments; ++s) {
     const uint32_t *a = p.A + s * p.a_segment + row * a_row, *b = p.B + s * p.b_segment + column;
-    for (int64_t k = 0; k < depth; ++k, ++a, b += b_row) {
+    for (int64_t k = 0; k < depth; ++k, a += a_step, b += b_row) {
       __m512bh right[VECTORS];
 #pragma GCC unroll 6
       for (int v = 0; v < VECTORS; ++v) right[v] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b + v * 16));
@@ -313,7 +314,7 @@ void pair_panel(const PairProduct& p, int64_t column) {
 
 inline void multiply_pairs(const PairProduct& p) {
   if (p.rows == 0 || p.columns == 0) return;
-  if (p.tiles && p.depth % 16 == 0) return multiply_tiles(p);
+  if (p.tiles && p.depth % 16 == 0 && p.a_step == 1) return multiply_tiles(p);
   int64_t column = 0, left = p.columns / 16;
   if (p.rows <= kRows[6])
     for (; left >= 6; left -= 6, column += 96) pair_panel<6>(p, column);

@@ -38,6 +38,12 @@ inline bool in_pairs(ScalarType dtype, std::initializer_list<int64_t> rows) {
   return even && dtype == ScalarType::BFloat16 && aufast::isa() >= aufast::Isa::avx512_bf16;
 }
 
+// The same for the backward. AMX takes its factors with the sum's index innermost, and where there is AMX,
+// vdpbf16ps is no faster than float: the backward stays in float there.
+inline bool backward_in_pairs(ScalarType dtype, std::initializer_list<int64_t> rows) {
+  return in_pairs(dtype, rows) && aufast::isa() == aufast::Isa::avx512_bf16;
+}
+
 // A member's place in a crew (crew.h); alone on its cache lines.
 struct alignas(128) CrewSeat {
   uint64_t word;
@@ -114,7 +120,7 @@ struct Thetas {
   int pools;
   Pool<T> pool[6];
   int64_t block;    // elements of a node's block
-  T* theta;         // (distinct, block)
+  T* theta;         // (distinct, block); in the backward the transposed ones
   uint32_t* pairs;  // the same as bfloat16 pairs of rows, in place of theta; null where float is used
   bool tiles;       // with pairs: multiply by matrix tiles
   T* grad_theta;    // (m, block), backward only

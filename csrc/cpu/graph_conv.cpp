@@ -150,11 +150,16 @@ std::vector<Tensor> backward_as(const Tensor& grad, const Tensor& x, const Tenso
   c.transposed.block = c.transposed.size();
   c.frame_block = std::max<int64_t>(std::min(c.frames, kBackwardFrames), 1);
   const int64_t m = c.graph.nodes, K = c.graph.order;
-  c.scratch_size = std::max(K * std::min(kMostNodes, m) * c.frame_block * c.inputs,
-                            c.thetas.embeddings * kTransposed * c.transposed.row());
+  const int64_t group = std::min(kMostNodes, m);
+  c.scratch_size = std::max(c.frame_block * (K * group * c.inputs + c.outputs),
+                            (c.thetas.embeddings + group) * kTransposed * c.transposed.row());
+  const bool pairs = backward_in_pairs(x.scalar_type(), {c.live_inputs, c.live_outputs});
   door.workspace([&](Arena& arena) {
     plan_common(c, arena, true);
-    c.thetas.theta = arena.take<T>(c.thetas.distinct * c.transposed.block);
+    if (pairs)
+      c.thetas.pairs = arena.take<uint32_t>(c.thetas.distinct * c.transposed.block / 2);
+    else
+      c.thetas.theta = arena.take<T>(c.thetas.distinct * c.transposed.block);
     c.gamma = arena.take<T>(K * c.frame_block * m * c.inputs);
     c.thetas.grad_theta = arena.take<T>(m * c.thetas.block);
     c.thetas.partial_Q = arena.take<T>(c.thetas.blocks() * m * c.thetas.embeddings);

@@ -53,7 +53,8 @@ struct GruCall {
   T *mixed, *mixed_x, *transposed_supports, *turned;
   int64_t mixed_x_node;
   T* transposed_pools;  // (ce, 3 transposed pools), from which a group's Θᵀ is made each time it is needed
-  T *zeros, *one, *buffers, *scratch;
+  T *zeros, *buffers, *scratch;
+  int64_t zeros_size;
   int64_t buffer_size, scratch_size;  // of one member
   int64_t theta_scratch;              // the first part of its scratch: Θᵀ of a group
   CrewSeat* seats;
@@ -133,9 +134,9 @@ void plan_common(GruCall<T>& c, Arena& arena, bool backward) {
   c.seats = arena.take<CrewSeat>(c.members);
   c.finished = arena.take<int64_t>(1);
   const int64_t made = c.whole ? c.transposed[0].block : 0;  // Θᵀ of a node at once
-  c.zeros = arena.take<T>(std::max({made, kPoolRows * c.channels, kTransposed * (c.channels + c.inputs),
-                                    c.graph.row, c.frame(), c.inputs}));
-  c.one = arena.take<T>(1);
+  c.zeros_size = std::max({made, kPoolRows * c.channels, kTransposed * (c.channels + c.inputs), c.graph.row,
+                           c.frame(), c.inputs});
+  c.zeros = arena.take<T>(c.zeros_size);
   c.graph.plan(arena, backward);
   c.scratch = arena.take<T>(c.members * c.scratch_size);
   if (!c.whole) return;
@@ -153,8 +154,7 @@ template <class T>
 void prepare(GruCall<T>& c) {
   std::memset(c.seats, 0, c.members * sizeof(CrewSeat));
   *c.finished = 0;
-  std::memset(c.zeros, 0, reinterpret_cast<char*>(c.one) - reinterpret_cast<char*>(c.zeros));
-  *c.one = T(1);
+  std::memset(c.zeros, 0, c.zeros_size * sizeof(T));
   if (c.graph.grad_supports != nullptr)
     std::memset(c.graph.grad_supports, 0, c.graph.order * c.graph.matrix() * sizeof(T));
 }
@@ -224,13 +224,16 @@ std::vector<Tensor> backward_as(const Tensor& grad_out, const Tensor& grad_h_las
   c.chunk = chunk_for(c.whole ? std::max(kWholeRowNodes / m, kWholeRows) : kBackwardRows, c.batch, c.steps);
   const int64_t rows = c.batch * c.chunk, group = std::min(kMostNodes, m);
   c.theta_scratch = c.whole ? group * c.transposed[0].block : 0;
-  c.scratch_size =
-      c.theta_scratch + std::max({K * group * rows * std::max(c.inputs, c.channels),
-                                  group * c.tile * c.channels, ce * kTransposed * c.transposed[0].row()});
+  c.scratch_size = c.theta_scratch +
+                   std::max({K * group * rows * std::max(c.inputs, c.channels), group * c.tile * c.channels,
+                             (ce + group) * kTransposed * c.transposed[0].row()});
+  const bool pairs = !c.whole && backward_in_pairs(a[kX].scalar_type(), {a[kX].size(3), a.channels()});
   door.workspace([&](Arena& arena) {
     plan_common(c, arena, true);
     if (c.whole)
       c.transposed_pools = arena.take<T>(ce * c.transposed[0].block);
+    else if (pairs)
+      c.thetas.pairs = arena.take<uint32_t>(m * c.transposed[0].block / 2);
     else
       c.thetas.theta = arena.take<T>(m * c.transposed[0].block);
     c.thetas.grad_theta = arena.take<T>(m * c.thetas.block);

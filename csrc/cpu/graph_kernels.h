@@ -227,8 +227,7 @@ void make_thetas(const Thetas<T>& t, Team& team, int64_t members, T* scratch, co
           const T* rows = scratch + (i * b.rows + r) * columns;
           uint32_t* to = t.pairs + ((group.begin + i) * t.block + offset + r * columns) / 2;
           for (int64_t n = 0; n < columns; n += 16)
-            _mm512_storeu_si512(to + n, reinterpret_cast<__m512i>(
-                                            bf16_pairs(load<T>(rows + n), load<T>(rows + columns + n))));
+            _mm512_storeu_si512(to + n, bf16_pairs(load<T>(rows + n), load<T>(rows + columns + n)));
         }
     }
 #else
@@ -237,8 +236,25 @@ void make_thetas(const Thetas<T>& t, Team& team, int64_t members, T* scratch, co
   });
 }
 
+// A product whose B begins at `column` of a row, `offset` elements into the node matrices at `theta`. Where
+// those are pairs, p.A are rows that round_rows has rounded.
+template <class T>
+AUFAST_INLINE void multiply_theta(const Thetas<T>& t, const T* theta, int64_t offset, int64_t column,
+                                  Product<T> p) {
+#if AUFAST_BF16
+  if constexpr (sizeof(T) == 4)
+    if (t.pairs != nullptr)
+      return multiply_pairs({p.rows, p.columns, p.depth / 2, p.segments,
+                             reinterpret_cast<const uint32_t*>(p.A), p.a_segment, p.a_row, 1,
+                             t.pairs + offset / 2 + column, p.b_row, p.b_segment / 2, p.start, p.start_row,
+                             p.C, p.c_row, t.tiles});
+#endif
+  p.B = theta + offset + column;
+  multiply<T>(p);
+}
+
 // Rows times a node's matrices: C = start + Σ_s mixed_s Θ_s, over `depth` rows of Θ from row `begin` of each
-// segment on. With pairs the mixed rows are rounded to bfloat16 first, in place.
+// segment on.
 template <class T>
 struct NodeProduct {
   int64_t node, pool, begin, depth, segment_rows;
@@ -252,20 +268,13 @@ struct NodeProduct {
 };
 template <class T>
 AUFAST_INLINE void multiply_node(const Thetas<T>& t, int64_t segments, const NodeProduct<T>& p) {
-  const int64_t offset = p.node * t.stride() + t.pool[p.pool].theta + p.begin * t.columns;
-#if AUFAST_BF16
-  if constexpr (sizeof(T) == 4)
-    if (t.pairs != nullptr)
-      return multiply_pairs({p.rows, t.columns, p.depth / 2, segments,
-                             reinterpret_cast<const uint32_t*>(p.mixed), p.mixed_segment, p.mixed_row,
-                             t.pairs + offset / 2, p.segment_rows * t.columns / 2, p.start, p.start_row, p.C,
-                             p.c_row, t.tiles});
-#endif
-  multiply<T>({p.rows, t.columns, p.depth, segments, p.mixed, p.mixed_segment, p.mixed_row, 1,
-               t.theta + offset, t.columns, p.segment_rows * t.columns, p.start, p.start_row, p.C, p.c_row});
+  multiply_theta<T>(t, t.theta, p.node * t.stride() + t.pool[p.pool].theta + p.begin * t.columns, 0,
+                    {p.rows, t.columns, p.depth, segments, p.mixed, p.mixed_segment, p.mixed_row, 1, nullptr,
+                     t.columns, p.segment_rows * t.columns, p.start, p.start_row, p.C, p.c_row});
 }
 
-// Rounds rows to bfloat16 in place: row r keeps its address and takes half its length.
+// Rounds rows to bfloat16 in place where products take pairs: row r keeps its address and takes half its
+// length.
 template <class T>
 AUFAST_INLINE void round_rows(const Thetas<T>& t, T* rows, int64_t count, int64_t width) {
 #if AUFAST_BF16
@@ -280,6 +289,74 @@ AUFAST_INLINE void round_rows(const Thetas<T>& t, T* rows, int64_t count, int64_
 #else
   (void)t, (void)rows, (void)count, (void)width;
 #endif
+}
+
+// Two neighbouring rows as pairs, in place of the first of them, for products that sum over rows. A last row
+// alone is paired with zeros.
+template <class T>
+AUFAST_INLINE void pair_rows(const Thetas<T>& t, T* rows, int64_t count, int64_t width) {
+#if AUFAST_BF16
+  if constexpr (sizeof(T) == 4)
+    for (int64_t r = 0; r < count && t.pairs != nullptr; r += 2) {
+      T* row = rows + r * width;
+      for (int64_t k = 0; k < width; k += 16)
+        _mm512_storeu_si512(
+            row + k, bf16_pairs(load<T>(row + k), r + 1 < count ? load<T>(row + width + k) : vec<T>{}));
+    }
+#else
+  (void)t, (void)rows, (void)count, (void)width;
+#endif
+}
+// The same for rows that round_rows has rounded; backwards, since the pairs grow over what they come from.
+template <class T>
+AUFAST_INLINE void pair_rounded_rows(const Thetas<T>& t, T* rows, int64_t count, int64_t row_size,
+                                     int64_t width) {
+#if AUFAST_BF16
+  const auto widened = [](const T* row, int64_t k) {
+    return _mm512_cvtepu16_epi32(
+        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(reinterpret_cast<const uint16_t*>(row) + k)));
+  };
+  for (int64_t r = 0; r < count && t.pairs != nullptr; r += 2) {
+    T *row = rows + r * row_size, *next = row + row_size;
+    for (int64_t k = width - 16; k >= 0; k -= 16) {
+      const __m512i high = r + 1 < count ? _mm512_slli_epi32(widened(next, k), 16) : _mm512_setzero_si512();
+      _mm512_storeu_si512(row + k, _mm512_or_si512(widened(row, k), high));
+    }
+  }
+#else
+  (void)t, (void)rows, (void)count, (void)row_size, (void)width;
+#endif
+}
+
+// C(k, :) += Σ_r A(r, k) B(r, :) over `rows` rows, or = where `fresh`; both in pairs of rows where products
+// take pairs. With a_width = 0, A is 1 everywhere.
+template <class T>
+struct SumOverRows {
+  int64_t count, columns, rows;
+  const T* A;
+  int64_t a_width;
+  const T* B;
+  int64_t b_row;
+  bool fresh;
+  T* C;
+};
+template <class T>
+AUFAST_INLINE void sum_over_rows(const Thetas<T>& t, const SumOverRows<T>& p, const T* zeros) {
+  const T* start = p.fresh ? zeros : p.C;
+  const int64_t start_row = p.fresh ? 0 : p.columns, a_row = p.a_width == 0 ? 0 : 1;
+#if AUFAST_BF16
+  if constexpr (sizeof(T) == 4)
+    if (t.pairs != nullptr) {
+      constexpr uint32_t kOnes = 0x3f803f80u;
+      const uint32_t* A = p.a_width == 0 ? &kOnes : reinterpret_cast<const uint32_t*>(p.A);
+      return multiply_pairs({p.count, p.columns, (p.rows + 1) / 2, 1, A, 0, a_row, 2 * p.a_width,
+                             reinterpret_cast<const uint32_t*>(p.B), 2 * p.b_row, 0, start, start_row, p.C,
+                             p.columns, false});
+    }
+#endif
+  const T one = 1;
+  multiply<T>({p.count, p.columns, p.rows, 1, a_row == 0 ? &one : p.A, 0, a_row, p.a_width, p.B, p.b_row, 0,
+               start, start_row, p.C, p.columns});
 }
 
 // grad W_e = Σ_i Q_ie grad Θ_i and grad Q_ie = ⟨grad Θ_i, W_e⟩, both in one pass over grad Θ.
@@ -311,14 +388,14 @@ void thetas_backward(const Thetas<T>& t, Team& team, const T* zeros) {
   });
 }
 
-// The Θᵀ of a group, for one block of columns.
+// The Θᵀ of a group, for one block of columns, to `theta` or as pairs.
 template <class T>
-void transpose_block(const TransposedPool<T>& pool, const T* Q, int64_t embeddings, Group group, int64_t item,
-                     T* theta, T* scratch, const T* zeros) {
+void transpose_block(const TransposedPool<T>& pool, const Thetas<T>& t, Group group, int64_t item, T* scratch,
+                     const T* zeros) {
   const int64_t column_blocks = pool.blocks() / pool.segments, segment = item / column_blocks;
   const int64_t begin = item % column_blocks * kTransposed, row = pool.row(), rows = pool.first + pool.second;
   const int64_t left = pool.live - begin, width = left < kTransposed ? left : kTransposed;
-  for (int64_t e = 0; e < embeddings; ++e) {
+  for (int64_t e = 0; e < t.embeddings; ++e) {
     T* to = scratch + e * kTransposed * row;
     for (int64_t i = 0; i < width * row; i += lanes<T>) store<T>(to + i, vec<T>{});
     const T* from = pool.weights + (e * pool.segments + segment) * rows * pool.columns + begin;
@@ -327,10 +404,20 @@ void transpose_block(const TransposedPool<T>& pool, const T* Q, int64_t embeddin
       for (int64_t n = 0; n < width; ++n) column[n * row] = from[n];
     }
   }
-  multiply<T>({group.size, width * row, embeddings, 1, Q + group.begin * embeddings, 0, embeddings, 1,
-               scratch, kTransposed * row, 0, zeros, 0,
-               theta + group.begin * pool.block + pool.theta + (segment * pool.live + begin) * row,
-               pool.block});
+  const int64_t offset = group.begin * pool.block + pool.theta + (segment * pool.live + begin) * row;
+  T* to = t.pairs == nullptr ? t.theta + offset : scratch + t.embeddings * kTransposed * row;
+  const int64_t node = t.pairs == nullptr ? pool.block : width * row;
+  multiply<T>({group.size, width * row, t.embeddings, 1, t.Q + group.begin * t.embeddings, 0, t.embeddings, 1,
+               scratch, kTransposed * row, 0, zeros, 0, to, node});
+#if AUFAST_BF16
+  for (int64_t i = 0; i < group.size && t.pairs != nullptr; ++i)
+    for (int64_t n = 0; n < width; n += 2, to += 2 * row) {
+      uint32_t* pairs = t.pairs + (offset + i * pool.block + n * row) / 2;
+      for (int64_t k = 0; k < row; k += 16)
+        if constexpr (sizeof(T) == 4)
+          _mm512_storeu_si512(pairs + k, bf16_pairs(load<T>(to + k), load<T>(to + row + k)));
+    }
+#endif
 }
 
 // The door's conversions of bfloat16, n elements.

@@ -23,6 +23,10 @@ struct VecOf<double> {
   typedef double unaligned __attribute__((vector_size(AUFAST_VECTOR_BYTES), aligned(8), may_alias));
   typedef int64_t bits __attribute__((vector_size(AUFAST_VECTOR_BYTES)));
 };
+template <>
+struct VecOf<uint16_t> {
+  typedef uint16_t type __attribute__((vector_size(AUFAST_VECTOR_BYTES)));
+};
 template <class T>
 using vec = typename VecOf<T>::type;
 template <class T>
@@ -101,12 +105,15 @@ AUFAST_INLINE void store_bf16(uint16_t* p, vec<float> v) {
 }
 
 // Two rows as the pairs (a_i, b_i) that a bfloat16 dot product takes, a in the low half.
-AUFAST_INLINE vec_word bf16_pairs(vec<float> a, vec<float> b) {
-  const vec_word low = reinterpret_cast<vec_word>(a), high = reinterpret_cast<vec_word>(b);
-  const vec_word low_rounded = a == a ? low + 0x7fffu + ((low >> 16) & 1u) : low | 0x400000u;
-  const vec_word high_rounded = b == b ? high + 0x7fffu + ((high >> 16) & 1u) : high | 0x400000u;
-  return (low_rounded >> 16) | (high_rounded & 0xffff0000u);
+#if AUFAST_BF16
+AUFAST_INLINE __m512i bf16_pairs(vec<float> a, vec<float> b) {
+  const vec<uint16_t> rounded = reinterpret_cast<vec<uint16_t>>(
+      _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(a)));
+  const vec<uint16_t> turns = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                               8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return reinterpret_cast<__m512i>(__builtin_shuffle(rounded, turns));
 }
+#endif
 
 // exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2. Gives n and exp(r) - 1, so that callers lose
 // nothing near 0. x must lie where 2^n is a normal number; a NaN goes through.
