@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import settings
+
+# Read once, at the first call: a workspace kept between calls would hide what `poisoned_empty` shows.
+os.environ["AUFAST_FRESH_WORKSPACE"] = "1"
 
 # The same examples on every run: a failure in a change is that change's.
 settings.register_profile("aufast", deadline=None, derandomize=True)

@@ -7,6 +7,9 @@
 #include <sys/mman.h>
 #endif
 
+#include <cstdlib>
+#include <memory>
+
 #include "graph_common.h"
 
 namespace {
@@ -52,6 +55,36 @@ inline void prefer_huge_pages(void* memory, int64_t bytes) {
 #endif
 }
 
+// A thread's workspace between calls. A fresh one is given page by page, each cleared by the system, which
+// takes longer than a short call's work. Large ones are not kept. AUFAST_FRESH_WORKSPACE=1 keeps none, so
+// that tests can fill new memory with NaN.
+class KeptWorkspace {
+ public:
+  // Null where the caller must bring memory of its own.
+  void* get(int64_t bytes) {
+    static const bool fresh = std::getenv("AUFAST_FRESH_WORKSPACE") != nullptr;
+    if (fresh || bytes > kMost) return nullptr;
+    if (bytes <= size_) return memory_.get();
+    memory_.reset();
+    size_ = (bytes + kPage - 1) / kPage * kPage;
+    memory_.reset(std::aligned_alloc(kPage, size_));
+    if (memory_ == nullptr) {
+      size_ = 0;
+      return nullptr;
+    }
+    prefer_huge_pages(memory_.get(), size_);
+    return memory_.get();
+  }
+
+ private:
+  static constexpr int64_t kMost = 16 << 20, kPage = 1 << 21;
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  std::unique_ptr<void, Free> memory_;
+  int64_t size_ = 0;
+};
+
 template <class T>
 class Door {
  public:
@@ -93,6 +126,14 @@ class Door {
     if (native(tensor.scalar_type()) && tensor.is_contiguous())
       return static_cast<const T*>(tensor.data_ptr());
     return in(torch::stable::reshape(tensor, {tensor.numel()}), tensor.numel());
+  }
+
+  // The bfloat16 values themselves, for what the kernels read and write without conversion; null for other
+  // dtypes, and where rows would need padding.
+  uint16_t* low(const Tensor& tensor, int64_t columns) {
+    if (tensor.scalar_type() != ScalarType::BFloat16 || columns != padded<T>(columns)) return nullptr;
+    kept_.push_back(dense_of(tensor));
+    return static_cast<uint16_t*>(kept_.back().data_ptr());
   }
 
   const int64_t* integers(const std::optional<Tensor>& tensor) {
@@ -150,7 +191,9 @@ class Door {
     Arena counting;
     plan(counting);
     constexpr int64_t size = sizeof(T), line = 128;
-    T* memory = array((counting.used + line) / size + 1);
+    thread_local KeptWorkspace kept;
+    void* memory = kept.get(counting.used + line);
+    if (memory == nullptr) memory = array((counting.used + line) / size + 1);
     Arena arena;
     arena.base = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory) + line - 1) / line * line);
     plan(arena);

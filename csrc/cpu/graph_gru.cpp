@@ -41,7 +41,9 @@ struct GruCall {
   int64_t tile;              // sequences that run together
   const T *x, *h0;
   const int64_t* lengths;
-  T *out, *h_last, *saved;
+  T *out, *h_last;
+  T* saved;             // z, r, h̃ (batch, steps, m, 3 channels), null where nobody asks for them
+  uint16_t* saved_low;  // the same in bfloat16, in place of saved
   // Backward: results, and arrays over the rows of a chunk.
   const T *grad_out, *grad_h_last;
   T *grad_x, *grad_h;
@@ -175,7 +177,8 @@ std::tuple<Tensor, Tensor, Tensor> forward_as(const GruTensors& a, bool save) {
   for (const Tensor& result : {out, saved})
     prefer_huge_pages(result.data_ptr(), result.numel() * static_cast<int64_t>(result.element_size()));
   c.out = door.out(out, n), c.h_last = door.out(h_last, n);
-  if (save) c.saved = door.out(saved, n);
+  if (save) c.saved_low = door.low(saved, n);
+  if (save && c.saved_low == nullptr) c.saved = door.out(saved, n);
   c.chunk = chunk_for(c.whole ? kWholeRows : kForwardRows, c.tile, c.steps);
   const int64_t group = std::min(kMostNodes, m);
   c.scratch_size = group * std::max(c.graph.order * c.tile * std::max(c.chunk * c.inputs, c.channels),
@@ -211,7 +214,8 @@ std::vector<Tensor> backward_as(const Tensor& grad_out, const Tensor& grad_h_las
     if (wanted) room[k] = k == kQ ? door.out_plain(results[k]) : door.out(results[k], last[k]);
   }
   c.grad_out = door.in(grad_out, n), c.grad_h_last = door.in(grad_h_last, n);
-  c.out = const_cast<T*>(door.in(out, n)), c.saved = const_cast<T*>(door.in(saved, n));
+  c.out = const_cast<T*>(door.in(out, n)), c.saved_low = door.low(saved, n);
+  if (c.saved_low == nullptr) c.saved = const_cast<T*>(door.in(saved, n));
   c.grad_x = room[kX], c.graph.grad_U = room[kU], c.thetas.grad_Q = room[kQ];
   for (int k = 0; k < c.thetas.pools; ++k) c.thetas.pool[k].grad = room[k < 3 ? kWz + k : kBz + k - 3];
   c.want_graph = room[kU] != nullptr;

@@ -396,3 +396,33 @@ def test_kernels_run_after_a_fork():
         torch.set_num_threads(1)
         os._exit(0 if torch.equal(before, torch.ops.aufast.graph_conv(*inputs, 0)) else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+KEPT_WORKSPACE_CHECK = """
+import sys; sys.path.insert(0, {folder!r})
+import torch, test_cpu_graph_kernels as t
+conv, gru = torch.ops.aufast.graph_conv, torch.ops.aufast.graph_gru
+calls = []
+for dtype in (torch.float32, torch.bfloat16, torch.float64):
+    for frames, m, cin, cout, ce in ((7, 5, 33, 17, 3), (96, 12, 96, 96, 8), (1, 2, 2, 2, 1)):
+        inputs = t.conv_inputs((frames,), m, cin, cout, ce, 1, "global", False, True, dtype)
+        calls.append(lambda inputs=inputs: conv(*inputs, 0))
+        sequences = t.gru_inputs(2, 5, m, cin, cout, ce, 1, "global", True, True, dtype)
+        calls.append(lambda inputs=sequences: gru(*inputs, None, 0, True)[0])
+first = [call() for call in calls]
+for _ in range(2):
+    for call, value in reversed(list(zip(calls, first))):
+        assert torch.equal(call(), value)
+print([value.double().nansum().item() for value in first])
+"""
+
+
+def test_a_workspace_kept_between_calls_changes_no_bit():
+    code = KEPT_WORKSPACE_CHECK.format(folder=os.path.dirname(__file__))
+    kept = {name: value for name, value in os.environ.items() if name != "AUFAST_FRESH_WORKSPACE"}
+    printed = []
+    for environment in (kept, kept | {"AUFAST_FRESH_WORKSPACE": "1"}):
+        run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        printed.append(run.stdout)
+    assert printed[0] == printed[1]
