@@ -341,8 +341,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         options.runs, link=options.link, root=options.data, device=options.device, loaders=options.loaders
     )
     if int(os.environ.get("RANK", 0)) == 0:
+        print(evaluation.text(), flush=True)  # before it is saved: a full disk must not cost the table
         evaluation.save(options.out or options.runs[0])
-        print(evaluation.text())
     return 0
 
 
