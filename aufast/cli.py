@@ -341,8 +341,10 @@ def _evaluate(options: argparse.Namespace) -> int:
         options.runs, link=options.link, root=options.data, device=options.device, loaders=options.loaders
     )
     if int(os.environ.get("RANK", 0)) == 0:
-        print(evaluation.text(), flush=True)  # before it is saved: a full disk must not cost the table
-        evaluation.save(options.out or options.runs[0])
+        try:  # neither a full disk nor a pipe that was closed costs the other one
+            print(evaluation.text(), flush=True)
+        finally:
+            evaluation.save(options.out or options.runs[0])
     return 0
 
 
