@@ -131,6 +131,21 @@ def _add_data_commands(commands: argparse._SubParsersAction) -> None:
         command.add_argument(
             "--dataset", choices=("bp4d", "disfa", "affwild2", "table"), help="default: look"
         )
+        command.add_argument("--aus", type=int, nargs="+", metavar="AU", help="default: the papers'")
+        command.add_argument("--camera", choices=("left", "right"), help="DISFA's, where both are there")
+        command.add_argument(
+            "--first-image",
+            dest="first_image",
+            type=int,
+            choices=(0, 1),
+            help="number of the image of DISFA's first frame; default: look",
+        )
+        command.add_argument(
+            "--bad-landmarks",
+            dest="bad_landmarks",
+            choices=("drop", "keep"),
+            help="frames of DISFA whose released landmarks are wrong (default: drop)",
+        )
     prepare.add_argument("out", metavar="OUT", help="the packed folder")
     prepare.add_argument("--landmarks", choices=("auto", "files", "dlib"), default="auto")
     prepare.add_argument(
@@ -238,11 +253,18 @@ def _plot(options: argparse.Namespace) -> int:
     return 0
 
 
+def _reader_options(options: argparse.Namespace) -> dict[str, object]:
+    """What the command line says to the data set's reader."""
+    names = ("aus", "camera", "first_image", "bad_landmarks")
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
+
+
 def _data_check(options: argparse.Namespace) -> int:
     from aufast.data import check_dataset
 
-    print(check_dataset(options.root, options.dataset).text())
-    return 0
+    report = check_dataset(options.root, options.dataset, **_reader_options(options))
+    print(report.text())
+    return 1 if report.problems else 0
 
 
 def _data_prepare(options: argparse.Namespace) -> int:
@@ -255,6 +277,7 @@ def _data_prepare(options: argparse.Namespace) -> int:
         landmarks=options.landmarks,
         size=options.size,
         workers=options.workers,
+        **_reader_options(options),
     )
     print(summary.text())
     return 0
@@ -318,8 +341,10 @@ def _evaluate(options: argparse.Namespace) -> int:
         options.runs, link=options.link, root=options.data, device=options.device, loaders=options.loaders
     )
     if int(os.environ.get("RANK", 0)) == 0:
-        evaluation.save(options.out or options.runs[0])
-        print(evaluation.text())
+        try:  # neither a full disk nor a pipe that was closed costs the other one
+            print(evaluation.text(), flush=True)
+        finally:
+            evaluation.save(options.out or options.runs[0])
     return 0
 
 

@@ -23,7 +23,7 @@ from aufast.train.loop import Trainer
 from aufast.train.processes import Processes
 
 ALONE = Processes(0, 1, torch.device("cpu"))
-FACES = Recipe(subjects=12, videos=2, frames=100, seed=1)
+FACES = Recipe(subjects=12, videos=2, frames=150, seed=1)
 
 
 def prepare_rates(root: Path, folder: Path) -> Iterator[tuple[str, float]]:

@@ -22,7 +22,9 @@ from aufast.data.records import (
     first_folder,
     is_synthetic,
     numbered_images,
+    read_each,
     some,
+    visible_files,
 )
 from aufast.data.tables import header, integers, occurrences, read_lines, refuse
 
@@ -30,7 +32,12 @@ NOT_CODED = -1
 GROUPS = {"train": "Train_Set", "validation": "Validation_Set"}
 
 
-def read_affwild2(root: str | os.PathLike[str], aus: tuple[int, ...] = AU_SETS["affwild2"]) -> list[Video]:
+def read_affwild2(
+    root: str | os.PathLike[str],
+    aus: tuple[int, ...] = AU_SETS["affwild2"],
+    *,
+    problems: list[str] | None = None,
+) -> list[Video]:
     """Read the labels of Aff-Wild2 and find their images.
 
     A frame is kept where it has an image; -1 becomes a mask. The data set does not say who is in a video, so
@@ -39,6 +46,7 @@ def read_affwild2(root: str | os.PathLike[str], aus: tuple[int, ...] = AU_SETS["
     Args:
         root: the folder that holds cropped_aligned and the annotations.
         aus: the AUs wanted, in the order wanted.
+        problems: collects the sentences of videos that cannot be read, which are then left out; None raises.
 
     Returns:
         A record a video; `group` is "train" or "validation".
@@ -54,16 +62,16 @@ def read_affwild2(root: str | os.PathLike[str], aus: tuple[int, ...] = AU_SETS["
     images = first_folder(root, "cropped_aligned")
     if images is None:
         raise ValueError(f"{root}: no folder cropped_aligned")
-    videos: dict[str, Video] = {}
+    files: dict[str, tuple[Path, str]] = {}
     for group, name in GROUPS.items():
         folder = first_folder(labels, name)
-        for file in sorted(folder.glob("*.txt")) if folder else ():
-            if file.stem in videos:
-                refuse(file, f"the video is also in {GROUPS[videos[file.stem].group]}")
-            videos[file.stem] = _read_video(root, images, file, group, aus)
-    if not videos:
+        for file in visible_files(folder, ".txt") if folder else ():
+            if file.stem in files:
+                refuse(file, f"the video is also in {GROUPS[files[file.stem][1]]}")
+            files[file.stem] = file, group
+    if not files:
         raise ValueError(f"{labels}: holds no label file in {' or '.join(GROUPS.values())}")
-    return list(videos.values())
+    return read_each(lambda source: _read_video(root, images, *source, aus), files.values(), problems)
 
 
 def _read_video(root: Path, images: Path, file: Path, group: str, aus: tuple[int, ...]) -> Video:

@@ -26,7 +26,9 @@ from aufast.data.records import (
     first_folder,
     is_synthetic,
     numbered_images,
+    read_each,
     some,
+    visible_files,
 )
 from aufast.data.tables import header, increasing, integers, occurrences, read_lines, refuse
 from aufast.faces import landmarks_49
@@ -35,7 +37,12 @@ NOT_CODED = 9
 _NAME = re.compile(r"([FM][0-9]{3})_(T[0-9]+)")
 
 
-def read_bp4d(root: str | os.PathLike[str], aus: tuple[int, ...] = AU_SETS["bp4d"]) -> list[Video]:
+def read_bp4d(
+    root: str | os.PathLike[str],
+    aus: tuple[int, ...] = AU_SETS["bp4d"],
+    *,
+    problems: list[str] | None = None,
+) -> list[Video]:
     """Read the labels of BP4D and find their images and landmarks.
 
     A frame is kept where it has both a label row and an image; BP4D codes only a part of each video. Code 9,
@@ -44,6 +51,7 @@ def read_bp4d(root: str | os.PathLike[str], aus: tuple[int, ...] = AU_SETS["bp4d
     Args:
         root: the folder that holds AUCoding.
         aus: the AUs wanted, in the order wanted.
+        problems: collects the sentences of videos that cannot be read, which are then left out; None raises.
 
     Returns:
         A record a video, by name.
@@ -55,11 +63,11 @@ def read_bp4d(root: str | os.PathLike[str], aus: tuple[int, ...] = AU_SETS["bp4d
     codes = first_folder(root, "AUCoding/AU_OCC", "AUCoding")
     if codes is None:
         raise ValueError(f"{root}: no folder AUCoding, so this is not BP4D")
-    files = sorted(codes.glob("*.csv"))
+    files = visible_files(codes, ".csv")
     if not files:
         raise ValueError(f"{codes}: holds no CSV file of occurrence codes")
     images = first_folder(root, "2D+3D", "BP4D-training", "Sequences(2D+3D)") or root
-    return [_read_video(root, images, file, aus) for file in files]
+    return read_each(lambda file: _read_video(root, images, file, aus), files, problems)
 
 
 def _read_video(root: Path, images: Path, file: Path, aus: tuple[int, ...]) -> Video:

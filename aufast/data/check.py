@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from aufast.data.generic import read_table
 from aufast.data.protocols import FOLDS
 from aufast.data.records import Video, existing_folder, first_folder
 
-_READERS = {"bp4d": read_bp4d, "disfa": read_disfa, "affwild2": read_affwild2}
+_READERS = {"bp4d": read_bp4d, "disfa": read_disfa, "affwild2": read_affwild2, "table": read_table}
 _SIGNS = {
     "bp4d": ("AUCoding",),
     "disfa": ("ActionUnit_Labels",),
@@ -57,13 +58,17 @@ def read_dataset(root: str | os.PathLike[str], dataset: str | None = None, **opt
 
     Returns:
         A record a video.
+
+    Raises:
+        ValueError: no such data set, an option that its reader does not have, or what the reader raises.
     """
     dataset = detect_dataset(root) if dataset is None else dataset
-    if dataset == "table":
-        return read_table(root, **options)
     if dataset not in _READERS:
-        raise ValueError(f"dataset must be one of {', '.join(_READERS)} or table, got {dataset!r}")
-    return _READERS[dataset](root, **options)
+        raise ValueError(f"dataset must be one of {', '.join(_READERS)}, got {dataset!r}")
+    reader = _READERS[dataset]
+    if unknown := [name for name in options if name not in inspect.signature(reader).parameters]:
+        raise ValueError(f"{unknown[0]} is no option of the reader of {dataset}")
+    return reader(root, **options)
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,7 @@ class Report:
         subjects: counts of each subject.
         total: counts over all.
         notes: what the reader left out.
+        problems: a sentence for each video that cannot be read; preparing would stop at the first.
     """
 
     dataset: str
@@ -113,6 +119,7 @@ class Report:
     subjects: dict[str, Counts]
     total: Counts
     notes: tuple[str, ...]
+    problems: tuple[str, ...]
 
     def text(self) -> str:
         """The report for people, without a final line break."""
@@ -142,12 +149,15 @@ class Report:
             lines.append(f"{subject:<12} {counts.frames:>8,}  {' '.join(map(str, counts.positive))}")
         if self.notes:
             lines += ["", *self.notes]
+        if self.problems:
+            lines += ["", f"{len(self.problems)} videos cannot be read:", *self.problems]
         return "\n".join(lines)
 
 
 def check_dataset(root: str | os.PathLike[str], dataset: str | None = None, **options: object) -> Report:
-    """Read a data set's labels and report what is there. Arguments as for `read_dataset`."""
-    videos = read_dataset(root, dataset, **options)
+    """Read a data set's labels and report what is there and what is wrong; arguments of `read_dataset`."""
+    problems: list[str] = []
+    videos = read_dataset(root, dataset, problems=problems, **options)
     name = videos[0].dataset
     by_subject: dict[str, list[Video]] = {}
     for video in videos:
@@ -163,4 +173,5 @@ def check_dataset(root: str | os.PathLike[str], dataset: str | None = None, **op
         subjects={subject: Counts.of(by_subject[subject]) for subject in sorted(by_subject)},
         total=Counts.of(videos),
         notes=tuple(note for video in videos for note in video.notes),
+        problems=tuple(problems),
     )

@@ -25,6 +25,7 @@ from aufast.data.records import (
     first_folder,
     is_synthetic,
     numbered_images,
+    read_each,
     some,
 )
 from aufast.data.tables import increasing, integers, occurrences, read_lines, refuse
@@ -32,6 +33,7 @@ from aufast.faces import landmarks_49
 
 POSITIVE_FROM = 2  # the intensity from which an AU counts as occurring
 FRAMES = 4845
+ONE_SHORT = ("SN010",)  # their video lacks the last labelled frame
 
 # Frames (from 1, both ends included) on which the released landmarks are known to be wrong. SN010's video is
 # one frame short. JAA-Net's lists leave out exactly these, and so hold 126,144 frames of 130,815.
@@ -63,6 +65,7 @@ def read_disfa(
     camera: Literal["left", "right"] | None = None,
     first_image: Literal[0, 1] | None = None,
     bad_landmarks: Literal["drop", "keep"] = "drop",
+    problems: list[str] | None = None,
 ) -> list[Video]:
     """Read the labels of DISFA and find their frames and landmarks.
 
@@ -73,6 +76,8 @@ def read_disfa(
         first_image: the number of the image of the first frame; None tells it from the numbers there are.
         bad_landmarks: "drop" leaves out the frames of `BAD_LANDMARKS`, as published lists do; "keep" keeps
             them, for landmarks of one's own.
+        problems: collects the sentences of subjects that cannot be read, which are then left out; None
+            raises.
 
     Returns:
         A record a subject, by name.
@@ -94,13 +99,12 @@ def read_disfa(
     subjects = sorted(path for path in folder.iterdir() if re.fullmatch("SN[0-9]{3}", path.name))
     if not subjects:
         raise ValueError(f"{folder}: holds no folder of a subject, such as SN001")
-    videos = []
-    for path in subjects:
+
+    def read(path: Path) -> Video:
         video = _read_subject(root, path, aus, camera, first_image)
-        if bad_landmarks == "drop":
-            video = _without_bad(video)
-        videos.append(video)
-    return videos
+        return _without_bad(video) if bad_landmarks == "drop" else video
+
+    return read_each(read, subjects, problems)
 
 
 def _read_subject(
@@ -121,7 +125,8 @@ def _read_subject(
         movie = _find_movie(root, subject, camera)
         return Video(numbers=numbers, labels=labels, mask=mask, movie=movie, positions=numbers - 1, **common)
     found = numbered_images(images)
-    base = _first_number(images, found, len(numbers)) if first_image is None else first_image
+    filmed = len(numbers) - (subject in ONE_SHORT and len(numbers) == FRAMES)
+    base = _first_number(images, found, filmed) if first_image is None else first_image
     by_frame = {number + 1 - base: path for number, path in found.items()}
     extra = sorted(set(by_frame) - set(numbers.tolist()))
     keep = np.array([int(number) in by_frame for number in numbers], bool)
@@ -163,7 +168,7 @@ def read_intensities(folder: Path, aus: tuple[int, ...]) -> tuple[np.ndarray, np
 
 
 def _first_number(folder: Path, found: dict[int, Path], frames: int) -> int:
-    """Whether the images count from 0 or from 1: only one of them fits the first or the last image."""
+    """Whether images of so many frames count from 0 or from 1: only one fits the first or the last."""
     numbers = list(found)
     if not numbers:
         raise ValueError(f"{folder}: holds no image")

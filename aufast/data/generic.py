@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from aufast.data.landmarks import COUNTS, by_number
-from aufast.data.records import Video, check_aus, is_synthetic
+from aufast.data.records import Video, check_aus, is_synthetic, read_each
 from aufast.data.tables import header, occurrences, read_lines, refuse
 from aufast.faces import landmarks_49
 
@@ -41,12 +41,18 @@ _LANDMARKS = {"x", "y", "count", "first", "one_based", "table"}
 Row = tuple[int, dict[str, str]]  # line in the file, cells by column
 
 
-def read_table(path: str | os.PathLike[str], aus: tuple[int, ...] | None = None) -> list[Video]:
+def read_table(
+    path: str | os.PathLike[str],
+    aus: tuple[int, ...] | None = None,
+    *,
+    problems: list[str] | None = None,
+) -> list[Video]:
     """Read a data set described by a JSON file (see the module's docstring).
 
     Args:
         path: the JSON file.
         aus: the AUs wanted, out of those mapped; None takes all of them in their order.
+        problems: collects the sentences of videos that cannot be read, which are then left out; None raises.
 
     Returns:
         A record a video, in the order of the table.
@@ -63,7 +69,7 @@ def read_table(path: str | os.PathLike[str], aus: tuple[int, ...] | None = None)
     columns = spec["columns"]
     wanted = [*columns.values(), *(spec["labels"][str(au)] for au in aus)]
     table = path.parent / _inside(path, spec["table"])
-    points = spec.get("landmarks")
+    points, loader = spec.get("landmarks"), None
     if points is not None:
         points = {"first": 0, "one_based": False, "table": spec["table"], **points}
         pointed = path.parent / _inside(path, points["table"])
@@ -72,10 +78,9 @@ def read_table(path: str | os.PathLike[str], aus: tuple[int, ...] | None = None)
     videos: dict[str, list[Row]] = {}
     for line, row in _rows(table, wanted):
         videos.setdefault(row[columns["video"]], []).append((line, row))
-    return [
-        _video(path, table, spec, name, rows, aus, loader if points is not None else None)
-        for name, rows in videos.items()
-    ]
+    return read_each(
+        lambda item: _video(path, table, spec, *item, aus, loader), list(videos.items()), problems
+    )
 
 
 def _read_spec(path: Path) -> dict[str, Any]:
@@ -96,14 +101,31 @@ def _read_spec(path: Path) -> dict[str, Any]:
         refuse(path, f"columns has the unknown key {sorted(unknown)[0]!r}")
     if not all(au.isascii() and au.isdigit() for au in spec["labels"]):
         refuse(path, f"labels must be keyed by AU numbers, got {', '.join(spec['labels'])}")
-    points = spec.get("landmarks")
-    if points is not None and (
-        not isinstance(points, dict) or not {"x", "y", "count"} <= set(points) <= _LANDMARKS
-    ):
-        refuse(path, "landmarks must have x, y and count, and may have first, one_based and table")
-    if points is not None and points["count"] not in COUNTS:
-        refuse(path, f"landmarks must count 49, 66 or 68 points, got {points['count']!r}")
+    missing = spec.get("missing", [])
+    if not isinstance(missing, list) or not all(map(_whole, missing)):
+        refuse(path, f"missing must be a list of codes, whole numbers, got {missing!r}")
+    for key in ("highest", "positive_from"):
+        if key in spec and not _whole(spec[key]):
+            refuse(path, f"{key} must be a whole number, got {spec[key]!r}")
+    if spec.get("landmarks") is not None:
+        _check_points(path, spec["landmarks"])
     return spec
+
+
+def _check_points(path: Path, points: object) -> None:
+    if not isinstance(points, dict) or not {"x", "y", "count"} <= set(points) <= _LANDMARKS:
+        refuse(path, "landmarks must have x, y and count, and may have first, one_based and table")
+    if points["count"] not in COUNTS:
+        refuse(path, f"landmarks must count 49, 66 or 68 points, got {points['count']!r}")
+    if not _whole(points.get("first", 0)) or not isinstance(points.get("one_based", False), bool):
+        refuse(path, "landmarks: first must be a whole number, and one_based true or false")
+    for axis in "xy":
+        if not isinstance(points[axis], str) or points[axis].count("{}") != 1:
+            refuse(path, f"landmarks: {axis} must name columns with {{}} for the point, got {points[axis]!r}")
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _inside(source: Path, name: str) -> str:
@@ -197,7 +219,7 @@ def _video(
 
 def _point_columns(points: Mapping[str, Any]) -> list[str]:
     indices = range(points["first"], points["first"] + points["count"])
-    return [points[axis].format(k) for k in indices for axis in "xy"]
+    return [points[axis].replace("{}", str(k)) for k in indices for axis in "xy"]
 
 
 def _load_points(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -17,6 +18,7 @@ MARKER = "SYNTHETIC.json"  # a tree that holds this file was generated, and says
 
 # Frame numbers (k,) to landmarks (k, 49, 2), float64 pixels from 0, NaN where a frame has none.
 LandmarkLoader = Callable[[np.ndarray], np.ndarray]
+Source = TypeVar("Source")
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +86,33 @@ class Video:
         )
 
 
+def read_each(
+    read: Callable[[Source], Video], sources: Iterable[Source], problems: list[str] | None
+) -> list[Video]:
+    """Read videos one after another.
+
+    Args:
+        read: reads one.
+        sources: what it is called with.
+        problems: where the sentence of a video that cannot be read goes, so that the others are read; None
+            raises it.
+
+    Raises:
+        ValueError: a video cannot be read, or with `problems` not a single one can.
+    """
+    videos = []
+    for source in sources:
+        try:
+            videos.append(read(source))
+        except ValueError as error:
+            if problems is None:
+                raise
+            problems.append(str(error))
+    if problems and not videos:
+        raise ValueError(problems[0])
+    return videos
+
+
 def existing_folder(root: str | os.PathLike[str]) -> Path:
     """`root` as a path, refused with one sentence where it is no folder."""
     root = Path(root)
@@ -108,6 +137,11 @@ def first_folder(root: Path, *names: str) -> Path | None:
 
 def _children(folder: Path) -> list[Path]:
     return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def visible_files(folder: Path, suffix: str) -> list[Path]:
+    """Files of a kind by name, without the hidden ones that some systems leave beside their own."""
+    return sorted(path for path in folder.glob(f"*{suffix}") if not path.name.startswith("."))
 
 
 def numbered_images(folder: Path) -> dict[int, Path]:

@@ -26,6 +26,7 @@ from aufast.data.protocols import FOLDS
 from aufast.data.records import MARKER
 from aufast.data.synthetic_face import Identity, View, draw_identity, render
 from aufast.data.synthetic_motion import Motion, draw_motion, rates_of
+from aufast.files import writing
 
 Array = np.ndarray
 LAYOUTS = ("bp4d", "disfa")
@@ -99,23 +100,25 @@ def synthesize(root: str | os.PathLike[str], recipe: Recipe = Recipe(), workers:
     root = Path(root)
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise ValueError(f"{root}: already exists; synthetic data goes to a new or an empty folder")
-    root.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{root.name}.", suffix=".tmp", dir=root.parent))
-    try:
-        jobs = [(work, recipe, s, v) for s in range(recipe.subjects) for v in range(recipe.videos)]
-        for _ in run_all(_write_video, jobs, workers, f"drawing synthetic {recipe.layout}, videos"):
-            pass
-        about = {"synthetic": True, "about": "drawn faces, nobody's; no measurement on them is one of people"}
-        (work / MARKER).write_text(json.dumps({**about, **vars(recipe)}, indent=2) + "\n", encoding="utf-8")
-        work.chmod(0o755)  # mkdtemp makes it private
-        os.replace(work, root)
-    except OSError as error:
-        if error.errno is None:
-            raise
-        raise OSError(f"{root}: cannot be written: {error.strerror}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with writing(root, "nothing of it is there"):
+        root.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{root.name}.", suffix=".tmp", dir=root.parent))
+        try:
+            _draw(work, recipe, workers)
+            os.replace(work, root)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
     return root
+
+
+def _draw(work: Path, recipe: Recipe, workers: int) -> None:
+    """All videos of a recipe, and then the file that says what they are."""
+    jobs = [(work, recipe, s, v) for s in range(recipe.subjects) for v in range(recipe.videos)]
+    for _ in run_all(_write_video, jobs, workers, f"drawing synthetic {recipe.layout}, videos"):
+        pass
+    about = {"synthetic": True, "about": "drawn faces, nobody's; no measurement on them is one of people"}
+    (work / MARKER).write_text(json.dumps({**about, **vars(recipe)}, indent=2) + "\n", encoding="utf-8")
+    work.chmod(0o755)  # mkdtemp makes it private
 
 
 def draw_video(recipe: Recipe, subject: int, video: int) -> tuple[Motion, Iterator[tuple[Array, Array]]]:

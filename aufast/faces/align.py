@@ -13,6 +13,7 @@ BORDER = 128  # grey beyond the image's edge
 ENLARGE = 2.9  # side of the square, in longer sides of the box around eyes, nose and mouth
 _LEFT_EYE, _RIGHT_EYE = slice(19, 25), slice(25, 31)
 _NOSE_TIP, _LEFT_MOUTH, _RIGHT_MOUTH = 13, 31, 37
+_BLOCK = 4096  # output pixels at a time: their temporaries stay in the cache, and NumPy asks for no new pages
 _MIN_EXTENT = 1.0  # pixels; a face narrower or flatter than this has no direction to align to
 
 
@@ -123,19 +124,37 @@ def _warp(image: np.ndarray, matrix: np.ndarray, size: int) -> np.ndarray:
     """Sample `image` at the positions `matrix` takes to the pixels of a (size, size) output."""
     height, width = image.shape[:2]
     inverse = np.linalg.inv(matrix[:, :2])
-    v, u = np.indices((size, size), dtype=np.float64)  # rows, columns
-    grid = np.stack([u, v], axis=-1) - matrix[:, 2]  # (size, size, 2)
-    # One pixel beyond an edge both neighbours are border, so clipping there changes nothing but the indices.
-    x, y = np.moveaxis(np.clip(grid @ inverse.T, -1, [width, height]), -1, 0)
-    column, row = np.floor(x).astype(np.intp), np.floor(y).astype(np.intp)
-    # Weights of the far neighbours.
-    right, lower = (x - column)[..., None], (y - row)[..., None]  # (size, size, 1)
 
-    def pixel(row: np.ndarray, column: np.ndarray) -> np.ndarray:
-        inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-        values = image[np.clip(row, 0, height - 1), np.clip(column, 0, width - 1)]
-        return np.where(inside[..., None], values, np.uint8(BORDER)).astype(np.float64)  # (size, size, 3)
+    def positions(first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """x and y in the image of the output's rows from `first` until before `last`, each (rows, size)."""
+        v, u = np.mgrid[first:last, :size].astype(np.float64)
+        grid = np.stack([u, v], axis=-1) - matrix[:, 2]  # (rows, size, 2)
+        # One pixel beyond an edge both neighbours are border, so clipping there changes nothing but indices.
+        return np.moveaxis(np.clip(grid @ inverse.T, -1, [width, height]), -1, 0)
 
-    upper_row = (1 - right) * pixel(row, column) + right * pixel(row, column + 1)
-    lower_row = (1 - right) * pixel(row + 1, column) + right * pixel(row + 1, column + 1)
-    return np.rint((1 - lower) * upper_row + lower * lower_row).astype(np.uint8)
+    # The part of the image that is sampled, grey where it goes beyond; a position's rounding moves by one.
+    edges = [positions(row, row + 1) for row in (0, size - 1)]
+    left, top = (min(int(np.floor(edge[k].min())) for edge in edges) - 1 for k in (0, 1))
+    right, bottom = (max(int(np.floor(edge[k].max())) for edge in edges) + 3 for k in (0, 1))
+    part = np.full((bottom - top, right - left, 3), BORDER, np.uint8)
+    rows, columns = slice(max(top, 0), min(bottom, height)), slice(max(left, 0), min(right, width))
+    inside = part[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
+    inside[...] = image[rows, columns]
+    pixels = part.reshape(-1, 3)
+
+    def neighbours(index: np.ndarray) -> np.ndarray:
+        """Pixels as float64 planes (3, rows, size): NumPy is faster along a row than along three channels."""
+        return np.moveaxis(pixels[index], -1, 0).astype(np.float64, order="C")
+
+    out = np.empty((size, size, 3), np.uint8)
+    step = max(1, _BLOCK // size)
+    for first in range(0, size, step):
+        x, y = positions(first, min(first + step, size))
+        column, row = np.floor(x), np.floor(y)
+        across, down = x - column, y - row  # weights of the far neighbours
+        index = ((row - top) * (right - left) + (column - left)).astype(np.intp)
+        upper = (1 - across) * neighbours(index) + across * neighbours(index + 1)
+        index += right - left
+        lower = (1 - across) * neighbours(index) + across * neighbours(index + 1)
+        out[first : first + step] = np.moveaxis(np.rint((1 - down) * upper + down * lower), 0, -1)
+    return out

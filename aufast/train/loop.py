@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -42,7 +43,7 @@ from aufast.train.objectives import (
     training_weights,
 )
 from aufast.train.processes import Processes, join
-from aufast.train.run import Log, open_run
+from aufast.train.run import Log, kept, open_run
 from aufast.train.transfer import start_from
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -126,6 +127,9 @@ class Trainer:
         def ask(number: int, frame: object) -> None:
             self.stop = True
 
+        if threading.current_thread() is not threading.main_thread():
+            yield  # signals are the main thread's, which belongs to whoever called from another
+            return
         before = signal.signal(signal.SIGTERM, ask)
         try:
             yield
@@ -327,7 +331,7 @@ class Trainer:
     def _save(self, optimizer: torch.optim.Optimizer, links: tuple[Link, ...]) -> None:
         if not self.processes.first:
             return
-        with writing(self.out, f"{self.out / 'last'} is as it was, and --resume goes on from it"):
+        with writing(self.out, kept(self.out)):
             self.position = replace(self.position, metrics=self.log.sync(), scaler=self.scaler.state_dict())
             save_checkpoint(self.out, self.model, optimizer_tensors(optimizer), self.position, links)
 

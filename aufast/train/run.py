@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from aufast.data.packed import read_json
-from aufast.files import locked, write_whole
+from aufast.files import locked, write_whole, writing
 from aufast.models import AARConfig, MARGLConfig
 from aufast.train.batches import Split
 from aufast.train.checkpoint import remove_unlinked
@@ -126,6 +126,7 @@ class Log:
     """
 
     def __init__(self, run: Path, start: int, tensorboard: bool, active: bool):
+        self._run = run
         self._file = self._board = None
         if not active:
             return
@@ -149,22 +150,34 @@ class Log:
     def __exit__(self, *error: object) -> None:
         for sink in (self._file, self._board):
             if sink is not None:
-                sink.close()
+                with contextlib.suppress(OSError):  # every line was flushed, or its failure was said
+                    sink.close()
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Add a line; numbers go to TensorBoard too."""
         if self._file is None:
             return
-        self._file.write((json.dumps({"step": step, **values}) + "\n").encode())
-        if self._board is not None:
-            for name, value in values.items():
-                if isinstance(value, (int, float)):
-                    self._board.add_scalar(name, value, step)
+        with self._writing():
+            self._file.write((json.dumps({"step": step, **values}) + "\n").encode())
+            self._file.flush()
+            if self._board is not None:
+                for name, value in values.items():
+                    if isinstance(value, (int, float)):
+                        self._board.add_scalar(name, value, step)
 
     def sync(self) -> int:
         """Have all lines on disk; returns their bytes."""
         if self._file is None:
             return 0
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        return self._file.tell()
+        with self._writing():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            return self._file.tell()
+
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        return writing(self._run / METRICS, kept(self._run))
+
+
+def kept(run: Path) -> str:
+    """What a run loses when it cannot be written: nothing that was whole."""
+    return f"{run / 'last'} is as it was, and --resume goes on from it"

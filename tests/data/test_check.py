@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from aufast.cli import main
 from aufast.data import check_dataset, detect_dataset, read_dataset
+from aufast.data.landmarks import write_landmarks
 from aufast.data.records import MARKER
 from tests.data import trees
 
@@ -52,3 +55,50 @@ def test_detects_each_layout(tmp_path: Path) -> None:
         detect_dataset(tmp_path / "a")
     with pytest.raises(ValueError, match="dataset must be one of"):
         read_dataset(tmp_path / "a", "ck+")
+
+
+def test_every_video_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    trees.bp4d(tmp_path, VIDEOS)
+    (tmp_path / "2D+3D/M001").rename(tmp_path / "2D+3D/elsewhere")
+    file = tmp_path / "AUCoding/AU_OCC/F001_T2.csv"
+    file.write_text(file.read_text().replace("\n1,0,", "\n1,5,"))
+    report = check_dataset(tmp_path)
+    assert (report.videos, report.subjects.keys()) == (1, {"F001"})
+    assert report.problems == (
+        f"{file}, line 2: AU 1 has the code 5, expected 0 to 1 or 9 (not coded)",
+        f"{tmp_path}/2D+3D/M001/T1: no such folder, but M001_T1.csv codes it; its images are missing",
+    )
+    assert report.text().splitlines()[-3:] == ["2 videos cannot be read:", *report.problems]
+    (tmp_path / "2D+3D/F001").rename(tmp_path / "2D+3D/F001-elsewhere")
+    with pytest.raises(ValueError, match="F001_T1.csv codes it"):
+        check_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("command", ["check", "prepare"])
+def test_commands_take_the_readers_choices(tmp_path: Path, command: str, capsys) -> None:
+    trees.disfa(tmp_path / "DISFA", "SN002", 810, aus=(25,))
+    trees.save_image(tmp_path / "DISFA/Images/SN002/810.png")  # from 0 or from 1?
+    points = np.repeat(trees.POINTS[None], 810, axis=0)
+    (tmp_path / "DISFA/Landmarks").mkdir()
+    write_landmarks(tmp_path / "DISFA/Landmarks/SN002.csv", np.arange(1, 811), points)
+    out = [str(tmp_path / "out"), "--size", "16"] if command == "prepare" else []
+    words = ["data", command, str(tmp_path / "DISFA"), *out, "--aus", "25"]
+    assert main(words) == 1
+    assert "say with first_image" in capsys.readouterr().err
+    assert main([*words, "--first-image", "1"]) == 0
+    assert " 799 " in capsys.readouterr().out
+    if command == "check":
+        assert main([*words, "--first-image", "1", "--bad-landmarks", "keep"]) == 0
+        assert " 810 " in capsys.readouterr().out
+    assert main([*words, "--dataset", "table"]) == 1
+    trees.bp4d(tmp_path / "BP4D", VIDEOS)
+    assert main(["data", "check", str(tmp_path / "BP4D"), "--camera", "left"]) == 1
+    assert "aufast: camera is no option of the reader of bp4d" in capsys.readouterr().err
+
+
+def test_check_says_with_its_exit_status_that_something_is_wrong(tmp_path: Path, capsys) -> None:
+    trees.bp4d(tmp_path, VIDEOS)
+    assert main(["data", "check", str(tmp_path)]) == 0
+    (tmp_path / "AUCoding/AU_OCC/F001_T2.csv").write_text("")
+    assert main(["data", "check", str(tmp_path)]) == 1
+    assert "F001_T2.csv: the file is empty" in capsys.readouterr().out

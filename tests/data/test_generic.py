@@ -87,6 +87,12 @@ def test_landmarks(tmp_path: Path, where: str, first: int) -> None:
         ({"landmarks": {"x": "x{}"}}, "landmarks must have x, y and count"),
         ({"landmarks": {"x": "x{}", "y": "y{}", "count": 5}}, "49, 66 or 68 points, got 5"),
         ({"landmarks": {"x": "x{}", "y": "y{}", "count": 49}}, "no column 'x0'"),
+        ({"missing": ["9"]}, r"missing must be a list of codes, whole numbers, got \['9'\]"),
+        ({"missing": 9}, "missing must be a list of codes"),
+        ({"highest": "5"}, "highest must be a whole number, got '5'"),
+        ({"positive_from": 0.5}, "positive_from must be a whole number"),
+        ({"landmarks": {"x": "x", "y": "y{}", "count": 49}}, "x must name columns with {} for the point"),
+        ({"landmarks": {"x": "x{}", "y": "y{}", "count": 49, "first": "a"}}, "first must be a whole number"),
         ({"missing": [], "highest": 9}, "line 4: AU 1 is '', expected a whole number"),
     ],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import signal
 import subprocess
@@ -19,6 +18,7 @@ from aufast.data.landmarks import write_landmarks
 from aufast.data.packed import ARRAYS, gather_labels
 from aufast.faces import align_face, load_image
 from tests.data import trees
+from tests.disks import run_on_disk
 
 RECIPE = Recipe(subjects=3, videos=1, frames=12, size=120, seed=1, occluders=False)
 
@@ -249,14 +249,56 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing_whole(tree: Path, tmp_pat
     assert prepare_dataset(tree, out, size=64).frames == 36
 
 
-def test_a_folder_that_cannot_be_written(tree: Path, tmp_path: Path) -> None:
-    if os.geteuid() == 0:  # root writes anywhere, but not into a file
-        (tmp_path / "file").write_text("")
-        out = tmp_path / "file" / "out"
-    else:
-        tmp_path.chmod(0o500)
-        out = tmp_path / "out"
-    with pytest.raises(OSError, match=f"{out}: cannot be written: (Not a directory|Permission denied)"):
+FILLED = """
+import subprocess, sys
+from pathlib import Path
+from aufast.data import PackedDataset, prepare_dataset
+tree, disk = map(Path, sys.argv[1:])
+try:
+    prepare_dataset(tree, disk / "out", size=64)
+except OSError as error:
+    print(error)
+print(*sorted(path.name for path in (disk / "out" / "videos").iterdir()))
+subprocess.run(["mount", "-o", "remount,size=4m", disk], check=True)
+print(prepare_dataset(tree, disk / "out", size=64).kept, len(PackedDataset(disk / "out", verify=True)))
+"""
+
+
+def test_a_disk_that_fills_up_keeps_the_videos_that_are_whole(tree: Path, tmp_path: Path) -> None:
+    """Two videos of 150 kB fit on this disk; the third goes on where there is room again."""
+    sentence, whole, after = run_on_disk("size=400k", tmp_path, FILLED, tree, tmp_path).splitlines()
+    assert sentence == (
+        f"{tmp_path}/out/videos/F004_T1: cannot be written: No space left on device; "
+        "videos that are whole are kept, and the same command goes on"
+    )
+    assert (whole, after) == ("F001_T1 F003_T1", "2 36")
+
+
+READ_ONLY = """
+import sys
+from pathlib import Path
+from aufast.data import Recipe, prepare_dataset, synthesize
+tree, disk = map(Path, sys.argv[1:])
+for write in (lambda: prepare_dataset(tree, disk / "out"), lambda: synthesize(disk / "tree", Recipe())):
+    try:
+        write()
+    except OSError as error:
+        print(error)
+"""
+
+
+def test_a_read_only_disk_is_one_sentence(tree: Path, tmp_path: Path) -> None:
+    assert run_on_disk("ro", tmp_path, READ_ONLY, tree, tmp_path).splitlines() == [
+        f"{tmp_path}/out: cannot be written: Read-only file system; videos that are whole are kept, and the "
+        "same command goes on",
+        f"{tmp_path}/tree: cannot be written: Read-only file system; nothing of it is there",
+    ]
+
+
+def test_a_folder_that_cannot_be_made(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "out"
+    with pytest.raises(OSError, match=f"{out}: cannot be written: Not a directory"):
         prepare_dataset(tree, out, size=64)
 
 

@@ -10,7 +10,7 @@ import pytest
 import scipy.io
 
 from aufast.aus import AU_SETS
-from aufast.data import read_affwild2, read_bp4d, read_disfa
+from aufast.data import disfa, read_affwild2, read_bp4d, read_disfa
 from aufast.data.disfa import BAD_LANDMARKS, FRAMES
 from aufast.data.landmarks import load_landmarks, write_landmarks
 from aufast.data.protocols import FOLDS
@@ -62,6 +62,8 @@ def test_bp4d_coded_frames_without_image_are_left_out_and_noted(tmp_path: Path) 
     (tmp_path / "2D+3D/F001/T1/0008.jpg").unlink()
     trees.save_image(tmp_path / "2D+3D/F001/T1/0099.jpg")  # BP4D codes a part of each video: no note
     (tmp_path / "2D+3D/F001/T1/Thumbs.db").write_text("")
+    (tmp_path / "2D+3D/F001/T1/._0007.jpg").write_text("")  # what macOS leaves beside a file
+    (tmp_path / "AUCoding/AU_OCC/._F001_T1.csv").write_text("")
     (video,) = read_bp4d(tmp_path)
     assert video.numbers.tolist() == [7, 10]
     assert video.notes == ("F001_T1: no image for coded frames 8",)
@@ -77,6 +79,7 @@ def test_bp4d_coded_frames_without_image_are_left_out_and_noted(tmp_path: Path) 
         ("8,-1,0,0", "AU 1 has the code -1"),
         ("7,0,0,0", "frame 7 follows frame 7"),
         ("8,0", "2 values, expected 100"),
+        ("8" + ",0" * 100, "101 values, expected 100"),
         ("", "the line is blank"),
     ],
 )
@@ -86,7 +89,7 @@ def test_bp4d_refuses_a_row(tmp_path: Path, text: str, message: str) -> None:
     lines = file.read_text().splitlines()
     cells = lines[2].split(",")
     replaced = text.split(",")
-    lines[2] = text if len(replaced) < 3 else ",".join(replaced + cells[len(replaced) :])
+    lines[2] = text if not 3 <= len(replaced) <= 100 else ",".join(replaced + cells[len(replaced) :])
     file.write_text("\n".join(lines))
     refused(read_bp4d, tmp_path, match=f"{re.escape(str(file))}, line 3: {message}")
 
@@ -183,12 +186,31 @@ def test_disfa_missing_and_extra_images(tmp_path: Path) -> None:
     refused(read_disfa, tmp_path, first_image=2, match="first_image must be one of")
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_disfa_knows_the_video_that_is_a_frame_short(tmp_path: Path, first: int, monkeypatch) -> None:
+    monkeypatch.setattr(disfa, "FRAMES", 12)
+    monkeypatch.setitem(disfa.BAD_LANDMARKS, "SN010", ((12, 12),))
+    for subject in ("SN003", "SN010"):
+        trees.disfa(tmp_path, subject, 12, first=first)
+        (tmp_path / f"Images/{subject}/{first + 11}.png").unlink()
+    problems: list[str] = []
+    (video,) = read_disfa(tmp_path, problems=problems) if first else read_disfa(tmp_path)[1:]
+    assert video.subject == "SN010" and video.numbers.tolist() == list(range(1, 12))
+    assert [path.name for path in video.images] == [f"{first + k}.png" for k in range(11)]
+    if first:  # in any other video the missing image may be the first one
+        assert "SN003: images 1 to 11 for 12 labelled frames; say with first_image" in problems[0]
+
+
 def test_disfa_refuses_label_files_that_disagree(tmp_path: Path) -> None:
     trees.disfa(tmp_path, "SN003", 6)
     file = tmp_path / "ActionUnit_Labels/SN003/SN003_au4.txt"
     text = file.read_text()
     file.write_text(text.replace("6,0\n", ""))
     refused(read_disfa, tmp_path, match="SN003_au4.txt: its 5 frames are not the 6 frames of SN003_au1.txt")
+    for row in ("5", "5,0,0"):
+        file.write_text(text.replace("5,0", row))
+        message = f"SN003_au4.txt, line 5: {row.count(',') + 1} values, expected 2"
+        refused(read_disfa, tmp_path, match=message)
     file.write_text(text.replace("5,0", "5,6"))
     refused(read_disfa, tmp_path, match="SN003_au4.txt, line 5: AU 4 has the code 6, expected 0 to 5$")
     file.unlink()

@@ -7,8 +7,10 @@ import fcntl
 import json
 import math
 import os
+import random
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from aufast.train import checkpoint, train
 from aufast.train.checkpoint import load_checkpoint
 from aufast.train.loop import Trainer
 from aufast.train.objectives import RegionObjective
+from tests.disks import run_on_disk
 from tests.train.runs import MAKERS, metrics, outcome
 
 
@@ -85,6 +88,100 @@ def test_a_full_disk_keeps_the_last_checkpoint(packed, tmp_path, monkeypatch):
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1, "nothing half-written stays"
     monkeypatch.undo()
     assert train(config, tmp_path / "run", resume=True)
+
+
+FILLED = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from aufast.train import train
+from aufast.train.checkpoint import load_checkpoint
+from aufast.train.run import Log
+from tests.train.runs import MAKERS, outcome
+
+packed, disk, moment = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+config, inner = MAKERS["margl"](packed), Log.write
+assert train(config, disk / "whole")
+
+def write(self, step, values):
+    if step == moment:
+        with open(disk / "others", "wb", buffering=0) as file:
+            try:
+                while file.write(bytes(512)):
+                    pass
+            except OSError:
+                pass
+    inner(self, step, values)
+
+Log.write = write
+try:
+    train(config, disk / "run")
+except OSError as error:
+    print(error)
+Log.write = inner
+print(load_checkpoint(disk / "run" / "last")[2].step, *disk.glob("run/checkpoints/.*"))
+(disk / "others").unlink()
+assert train(config, disk / "run", resume=True)
+print(outcome(disk / "run") == outcome(disk / "whole"))
+"""
+
+
+def test_a_disk_that_is_full_from_a_random_step_on(packed, tmp_path):
+    """Measurements fail, or the next checkpoint does, three steps after the last one at most."""
+    moment = random.Random().randrange(4, 22)
+    sentence, step, same = run_on_disk("size=16m", tmp_path, FILLED, packed, tmp_path, moment).splitlines()
+    assert re.match(
+        r"\S+/run(/metrics.jsonl)?: cannot be written: No space left on device; \S+/last is as it was",
+        sentence,
+    )
+    assert int(step) == (moment - 1) // 3 * 3, "and nothing half-written is beside it"
+    assert same == "True"
+
+
+READ_ONLY = """
+import subprocess, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from aufast.train import evaluate_runs, train
+from tests.train.runs import MAKERS
+
+packed, disk = map(Path, sys.argv[1:])
+def remount(options):
+    subprocess.run(["mount", "-o", f"remount,{options}", disk], check=True)
+def refused(action):
+    try:
+        action()
+    except OSError as error:
+        print(error)
+subprocess.run(["mount", "--bind", packed, packed], check=True)
+subprocess.run(["mount", "-o", "remount,bind,ro", packed], check=True)
+refused(lambda: (packed / "new").touch())
+config = MAKERS["margl"](packed, epochs=1)
+remount("ro")
+refused(lambda: train(config, disk / "run"))
+remount("rw")
+assert train(config, disk / "run")
+remount("ro")
+refused(lambda: train(config, disk / "run", resume=True))
+refused(lambda: evaluate_runs([disk / "run"]).save(disk / "run"))
+"""
+
+
+def test_read_only_places(packed, tmp_path):
+    """Data may be read-only; a run's folder may not, and a table of it is computed before that is said."""
+    data, new, old, table = run_on_disk("size=16m", tmp_path, READ_ONLY, packed, tmp_path).splitlines()
+    assert data == f"[Errno 30] Read-only file system: '{packed}/new'"
+    reason = f"{tmp_path}/run: cannot be written: Read-only file system"
+    assert new == old == f"{reason}; nothing was begun"
+    assert table == f"{reason}; the runs are as they were"
+
+
+def test_a_run_in_a_thread_leaves_signals_alone(packed, tmp_path):
+    """Only the main thread may take SIGTERM; schedulers that train in another one have their own way."""
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(train, MAKERS["margl"](packed, epochs=1), tmp_path / "run").result()
 
 
 def test_a_place_that_cannot_be_written_is_named(packed, tmp_path):

@@ -63,7 +63,7 @@ def test_the_choices_are_the_recipes():
 
 
 def test_the_record_is_what_the_page_says():
-    record = Path(__file__).parents[2] / "benchmarks" / "results" / "2026-11-21-synthetic-faces.json"
+    record = Path(__file__).parents[2] / "benchmarks" / "results" / "2026-11-28-synthetic-faces.json"
     assert f"../benchmarks/results/{record.name}" in PAGE
     runs = {(run["variant"], run["seed"]): run for run in json.loads(record.read_text())["runs"]}
     rows = {row[0]: row[1:] for row in re.findall(r"^\| `([\w-]+)` \|(.*)\|(.*)\|(.*)\|(.*)\|$", PAGE, re.M)}

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import socket
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 from aufast.train import evaluate_runs, train
+from aufast.train.checkpoint import load_checkpoint
 from tests.train.runs import MAKERS, metrics
 
+ROOT = Path(__file__).parents[2]
 WORLD = 2
 SIZES = {
     "margl": {"epochs": 1, "batch": 6, "device": "cpu"},
@@ -22,28 +26,31 @@ SIZES = {
 }
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+# What each process does: trains, tests, and writes down what it found.
+SCRIPT = """
+import dataclasses, json, os, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from aufast.train import evaluate_runs, train
+from aufast.train.checkpoint import load_checkpoint
+from tests.train.runs import MAKERS
+from tests.train.test_processes import SIZES
+system, packed, folder = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+assert train(MAKERS[system](packed, **SIZES[system]), folder / "two")
+found = dataclasses.asdict(evaluate_runs([folder / "two"], device="cpu"))
+(folder / (os.environ["RANK"] + ".json")).write_text(json.dumps(found))
+"""
 
 
-def work(rank: int, port: int, system: str, packed: Path, folder: Path) -> None:
-    """One of the processes that torchrun would start: trains, then tests."""
-    import os
-
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(WORLD),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    config = MAKERS[system](packed, **SIZES[system])
-    assert train(config, folder / "two")
-    evaluation = evaluate_runs([folder / "two"], device="cpu")
-    (folder / f"{rank}.json").write_text(json.dumps(dataclasses.asdict(evaluation)))
+def torchrun(folder: Path, script: str, *words: object) -> subprocess.Popen:
+    """Start a script as two processes that find each other over gloo."""
+    (folder / "script.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD}"]
+    command += [str(folder / "script.py"), *map(str, words)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True
+    )
 
 
 @pytest.mark.slow
@@ -54,7 +61,9 @@ def test_two_processes_take_the_steps_of_one(packed, tmp_path, system):
     One process that accumulates two batches sees what two processes see, also by batch normalisation. Its
     running statistics take both batches and those of the first process one, so they are not compared.
     """
-    mp.spawn(work, (free_port(), system, packed, tmp_path), nprocs=WORLD)
+    process = torchrun(tmp_path, SCRIPT, system, packed, tmp_path)
+    _, error = process.communicate()
+    assert process.returncode == 0, error
     config = MAKERS[system](packed, stage={"accumulate": WORLD}, **SIZES[system])
     train(config, tmp_path / "one")
     one, two = (metrics(tmp_path / name) for name in ("one", "two"))
@@ -108,3 +117,33 @@ def test_gradients_of_one_step_add_up(packed, tmp_path, monkeypatch, system):
     assert len(seen) > 2 and min(seen) > 0
     processes = join("cpu")
     assert (processes.rank, processes.world) == (0, 1)
+
+
+STOPPED = """
+import sys
+import time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from aufast.train import train
+from tests.train.runs import MAKERS
+config = MAKERS["margl"](Path(sys.argv[1]), epochs=500, batch=6, device="cpu")
+sys.exit(0 if train(config, sys.argv[2]) else 75)
+"""
+
+
+@pytest.mark.slow
+def test_sigterm_reaches_all_processes_and_one_saves(packed, tmp_path):
+    run = tmp_path / "run"
+    process = torchrun(tmp_path, STOPPED, packed, run)
+    deadline = time.monotonic() + 120
+    while not (run / "last").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1, "torchrun's own status"
+    steps = [line["step"] for line in metrics(run)]
+    position = load_checkpoint(run / "last")[2]
+    assert position.step == steps[-1] == len(steps), error
+    assert not position.finished
