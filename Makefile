@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 PYTEST := $(PY) -m pytest -q
 
-.PHONY: help demo test bench lint format asan wheel clean
+.PHONY: help demo test bench lint format asan wheel docs fuzz clean
 
 help:
 	@echo 'make demo    find the face on a photograph, run both models, write pictures and tables;'
@@ -16,6 +16,8 @@ help:
 	@echo 'make lint    ruff and clang-format; make format applies them'
 	@echo 'make asan    the operator tests with address and undefined-behaviour sanitizers'
 	@echo 'make wheel   a wheel for any Python, in dist/'
+	@echo 'make docs    the site, in build/docs/html; warnings are errors, every example on a page runs'
+	@echo 'make fuzz    random operator calls and mutated files for longer; FUZZ=10000 is how many of each'
 	@echo 'make clean   remove what was built, but not $(VENV)'
 	@echo
 	@echo 'PYTHON=python3.12 chooses the interpreter. PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu'
@@ -75,6 +77,14 @@ asan: $(VENV)/.built
 
 wheel: $(VENV)/.installed
 	$(PIP) wheel --no-deps -w dist .
+
+docs: $(VENV)/.built
+	$(PY) -m sphinx -b html -W --keep-going -q -c docs . build/docs/html
+	$(PY) -m sphinx -b doctest -W --keep-going -q -c docs . build/docs/doctest
+	@echo 'open build/docs/html/index.html'
+
+fuzz: $(VENV)/.built
+	AUFAST_FUZZ=$(or $(FUZZ),2000) $(PYTEST) -m fuzz
 
 clean:
 	rm -rf build dist aufast.egg-info aufast/_build.json aufast/*.so $(VENV)/.built
