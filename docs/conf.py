@@ -71,7 +71,7 @@ doctest_global_setup = "import torch, aufast\ntorch.manual_seed(0)"
 
 
 def add_toctrees(app: Sphinx, name: str, source: list[str]) -> None:
-    """Make each list of links on a page of contents a part of the site's; the first gets what is generated."""
+    """Make each list of links on a page of contents a part of the site's, the first with all generated."""
     if name not in CONTENTS:
         return
     sections = {
