@@ -232,8 +232,8 @@ def agcrn_state_dict(state_dict: Mapping[str, Tensor], layer: int = 0) -> dict[s
     """Take one layer's parameters, under `AdaptiveGraphGRU`'s names, out of a public AGCRN's state dict.
 
     The public AGCRN and LibCity have `encoder.dcrnn_cells.L.gate.…` and `….update.…` where this layer has
-    `gate.…` and `update.…`; PyTorch Geometric Temporal has the same names. `node_embeddings` is the model's in
-    the first two; in the third it is the caller's, and taken if the dict holds it under that name.
+    `gate.…` and `update.…`; PyTorch Geometric Temporal has the same names. `node_embeddings` is the model's
+    in the first two; in the third it is the caller's, and taken if the dict holds it under that name.
 
     A prefix in front of all names, as of a wrapping model, is no obstacle.
 

@@ -146,8 +146,8 @@ def clean_environment(wheel: Path, folder: Path, tools: str) -> Path:
     Args:
         wheel: what is installed.
         folder: where the environment and the tests are put.
-        tools: another environment's site-packages, read through a .pth file, so that no .pth file in there, as of
-            an editable install, is run.
+        tools: another environment's site-packages, read through a .pth file, so that no .pth file in there runs,
+            as that of an editable install would.
     """
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
     python = folder / "venv/bin/python"
@@ -201,7 +201,6 @@ def test_operators_agree_where_no_compiler_is_found(version: str, wheel: Path, t
         [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *selection], tmp_path, PATH=nothing_else
     )
     assert done.returncode == 0, done.stdout[-8000:]
-    print(state, done.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow
