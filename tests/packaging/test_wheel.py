@@ -146,8 +146,8 @@ def clean_environment(wheel: Path, folder: Path, tools: str) -> Path:
     Args:
         wheel: what is installed.
         folder: where the environment and the tests are put.
-        tools: another environment's site-packages, read through a .pth file, so that no .pth file in there runs,
-            as that of an editable install would.
+        tools: another environment's site-packages. It is named in a .pth file, so that no .pth file in it is
+            run, as that of an editable install would be.
     """
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
     python = folder / "venv/bin/python"
