@@ -81,7 +81,9 @@ def _call(draw: st.DrawFn, operator: str, shapes: dict[str, tuple[int, ...] | No
             leaves[name] = None
             continue
         kind, leaf_shape, views[name] = draw(_layout(shape))
-        leaves[name] = torch.randn(leaf_shape, generator=generator, dtype=torch.float64)
+        leaf = torch.randn(leaf_shape, generator=generator, dtype=torch.float64)
+        # Products of order one: where a gate is saturated, its gradient is all rounding, for everybody.
+        leaves[name] = leaf / (2 * max(shape[-2], 1) ** 0.5) if name.startswith("W") else leaf
         about.append(f"{name} {tuple(shape)} {kind}")
     return Call(Sample(operator, "drawn", leaves, options), views, ", ".join(about))
 
