@@ -17,7 +17,6 @@ from typing import Any
 from benchmarks.table import HEADER, by_run, cost, head, judged, rows, summary
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
-PASSES = ("fwd", "fwd+bwd", "train")
 # Every module whose `__all__` is a promise, as a reader meets them.
 PUBLIC = ("aufast", "aufast.ops", "aufast.nn", "aufast.models", "aufast.faces", "aufast.data", "aufast.train")
 PUBLIC += ("aufast.label", "aufast.plot", "aufast.reference")
@@ -75,26 +74,24 @@ def record_page(path: Path, folder: Path) -> str:
     lines += ["```text", head(record), "", summary(record), "```"]
     for operator in dict.fromkeys(result["operator"] for result in record["results"]):
         lines += ["", f"## {operator}", ""]
-        for mode in PASSES:
-            picture = folder / f"{path.stem}-{operator}-{mode.replace('+', '-')}.svg"
-            if draw(record, operator, mode, picture):
-                lines += [f"![{operator}, {mode}: times of every provider beside ours]({picture.name})", ""]
+        picture = folder / f"{path.stem}-{operator}.svg"
+        if draw(record, operator, picture):
+            lines += [f"![{operator}: what every provider takes, ours = 1]({picture.name})", ""]
         lines += ["| " + " | ".join(HEADER[1:]) + " |", "|" + "---|" * len(HEADER[1:])]
         lines += ["| " + " | ".join(row[1:]) + " |" for row in rows(record) if row[0] == operator]
     return "\n".join(lines) + "\n"
 
 
-def draw(record: dict[str, Any], operator: str, mode: str, path: Path) -> bool:
-    """Plot how many times longer each provider takes than ours; whether there is anything to plot."""
+def draw(record: dict[str, Any], operator: str, path: Path) -> bool:
+    """Plot how many times as much each provider takes as ours; whether there is anything to plot."""
     from matplotlib.figure import Figure
 
-    bars = []  # (label, provider, ratio), in the record's order
-    for (name, case, its_mode, dtype), providers in by_run(record).items():
+    bars = []  # (label, whether it is ours, ratio), in the record's order
+    for (name, case, mode, dtype), providers in by_run(record).items():
         ours = judged(record, providers)
-        if (name, its_mode) == (operator, mode) and ours is not None:
-            label = case if dtype == "float32" else f"{case}\n{dtype}"
+        if name == operator and ours is not None:
             bars += [
-                (f"{label}: {provider}", provider == ours, cost(result) / cost(providers[ours]))
+                (f"{case} {mode} {dtype}: {provider}", provider == ours, cost(result) / cost(providers[ours]))
                 for provider, result in providers.items()
             ]
     if not bars:
@@ -104,10 +101,11 @@ def draw(record: dict[str, Any], operator: str, mode: str, path: Path) -> bool:
     labels, are_ours, ratios = zip(*bars, strict=True)
     drawn = axes.barh(labels, ratios, color=["tab:orange" if ours else "tab:gray" for ours in are_ours])
     axes.bar_label(drawn, [f"{ratio:.2g}" for ratio in ratios], padding=3, fontsize=8)
-    axes.set(xscale="log", xlim=(0.5 * min(1, *ratios), 2 * max(ratios)), xlabel="time, ours = 1")
+    axes.set(xscale="log", xlim=(0.5 * min(1, *ratios), 2 * max(ratios)), xlabel="time or memory, ours = 1")
     axes.axvline(1, color="black", linewidth=0.8)
     axes.tick_params(axis="y", labelsize=8)
     axes.invert_yaxis()
-    axes.set_title(f"{operator}, {mode}")
+    axes.margins(y=0.01)
+    axes.set_title(operator)
     figure.savefig(path, metadata={"Date": None})
     return True
