@@ -198,6 +198,18 @@ def test_bytes_that_are_no_file_are_refused(tmp_path_factory: pytest.TempPathFac
             read()
 
 
+@pytest.mark.parametrize(
+    ("old", "new"), [(b"'descr':", b"'descr'("), (b"(4, 12), }", b"(4, 12), {"), (b"(4, 12)", b"(9**9, 12)")]
+)
+def test_a_damaged_header_of_an_array_is_refused(tmp_path: Path, old: bytes, new: bytes) -> None:
+    (tmp_path / "whole").mkdir()
+    packed(tmp_path / "whole")
+    path = tmp_path / "whole/videos/F001_T1/labels.npy"
+    path.write_bytes(path.read_bytes().replace(old, new))
+    with pytest.raises(ValueError, match=r"labels\.npy: missing, cut short or damaged"):
+        load_packed(tmp_path / "whole")
+
+
 def test_no_reader_unpickles(tmp_path: Path) -> None:
     """A pickle under the name of the weights is refused before anything in it runs."""
     small("aa-gsh").save_pretrained(tmp_path / "model")

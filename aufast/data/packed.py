@@ -95,7 +95,7 @@ class PackedVideo:
         path = self.folder / f"{name}.npy"
         try:
             array = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        except Exception as error:  # NumPy parses the header as Python text, which fails in many ways
             _refuse(path, f"missing, cut short or damaged: {error}")
         if array.dtype != dtype or array.shape != (self._length, *shape):
             _refuse(
