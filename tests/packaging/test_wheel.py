@@ -26,6 +26,7 @@ ALLOWED = re.compile(
     r"|[\w.]+@(GLIBC|GLIBCXX|CXXABI|GCC)_[\d.]+$"
     r"|(_ITM_(de)?registerTMCloneTable|__gmon_start__)$"
 )
+INSTALLED = str(Path(torch.__file__).parents[1])  # the site-packages of this torch
 USE = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -179,7 +180,7 @@ def tools_of(version: str, folder: Path) -> str:
 
 @pytest.mark.slow
 def test_layers_work_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None:
-    python = clean_environment(wheel, tmp_path, sysconfig.get_path("purelib"))
+    python = clean_environment(wheel, tmp_path, INSTALLED)
     done = run([python, "-m", "pytest", "-q", "-m", "", *DROP_IN], tmp_path)
     assert done.returncode == 0, done.stdout
 
@@ -188,7 +189,7 @@ def test_layers_work_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("version", ["installed", *os.environ.get("AUFAST_TEST_TORCH", "").split()])
 def test_operators_agree_where_no_compiler_is_found(version: str, wheel: Path, tmp_path: Path) -> None:
     """With the torch that is here, and with those that AUFAST_TEST_TORCH names (docs/releases.md)."""
-    tools = sysconfig.get_path("purelib") if version == "installed" else tools_of(version, tmp_path / "tools")
+    tools = INSTALLED if version == "installed" else tools_of(version, tmp_path / "tools")
     python = clean_environment(wheel, tmp_path, tools)
     nothing_else = str(python.parent)
     assert not any(shutil.which(name, path=nothing_else) for name in ("c++", "g++", "cc", "gcc", "clang"))
