@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 PYTEST := $(PY) -m pytest -q
 
-.PHONY: help demo test bench lint format asan wheel clean
+.PHONY: help demo test bench lint format asan wheel docs fuzz clean
 
 help:
 	@echo 'make demo    find the face on a photograph, run both models, write pictures and tables;'
@@ -15,7 +15,9 @@ help:
 	@echo 'make bench   time every operator against the reference and the strongest peers'
 	@echo 'make lint    ruff and clang-format; make format applies them'
 	@echo 'make asan    the operator tests with address and undefined-behaviour sanitizers'
-	@echo 'make wheel   a wheel for any Python, in dist/'
+	@echo 'make wheel   a wheel for any Python, checked and tested, in dist/'
+	@echo 'make docs    the site, in build/docs/html; warnings are errors, every example on a page runs'
+	@echo 'make fuzz    random operator calls and mutated files for longer; FUZZ=10000 is how many of each'
 	@echo 'make clean   remove what was built, but not $(VENV)'
 	@echo
 	@echo 'PYTHON=python3.12 chooses the interpreter. PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu'
@@ -74,7 +76,20 @@ asan: $(VENV)/.built
 	PYTHON=$(PY) .ci/asan
 
 wheel: $(VENV)/.installed
-	$(PIP) wheel --no-deps -w dist .
+	rm -rf build/wheel
+	$(PIP) wheel --no-deps -w build/wheel .
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m auditwheel repair --exclude 'libtorch*' -w build/wheel/out build/wheel/*.whl
+	AUFAST_TEST_WHEEL=$$(echo build/wheel/out/*.whl) $(PYTEST) -m '' tests/packaging/test_wheel.py
+	@mkdir -p dist
+	cp build/wheel/out/*.whl dist/
+
+docs: $(VENV)/.built
+	$(PY) -m sphinx -b html -W --keep-going -q -c docs . build/docs/html
+	$(PY) -m sphinx -b doctest -W --keep-going -q -c docs . build/docs/doctest
+	@echo 'open build/docs/html/index.html'
+
+fuzz: $(VENV)/.built
+	AUFAST_FUZZ=$(or $(FUZZ),2000) $(PYTEST) -m fuzz
 
 clean:
 	rm -rf build dist aufast.egg-info aufast/_build.json aufast/*.so $(VENV)/.built

@@ -11,7 +11,7 @@ from torch import Tensor
 from aufast.nn.adaptive import adaptive_graph_gru
 from aufast.reference.agcrn import agcrn
 from benchmarks import memory, peers
-from benchmarks.harness import PASSES, Case, Run, check, dtype_name, measure, runs
+from benchmarks.harness import PASSES, Case, Run, check, measure, runs
 
 STEPS, WIDTH, INPUTS, ORDER, EMBEDDING = 12, 64, 1, 2, 10
 
@@ -63,8 +63,5 @@ def test_agcrn(benchmark, run: Run) -> None:
 
 @pytest.mark.parametrize("run", MEMORY_RUNS, ids=str)
 def test_training_memory(benchmark, run: Run) -> None:
-    benchmark.group = f"agcrn {run.case.name} memory {dtype_name(run.dtype)}"
-    benchmark.extra_info |= run.facts() | {"pass": "memory"}
     check(run)
-    peak = benchmark.pedantic(memory.peak_above_inputs, (run,), rounds=1)
-    benchmark.extra_info["memory"] = peak
+    memory.measure(benchmark, run, f"agcrn {run.case.name}")

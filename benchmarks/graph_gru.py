@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import memory, peers
-from benchmarks.harness import PASSES, Case, Run, check, dtype_name, measure, runs
+from benchmarks.harness import PASSES, Case, Run, check, measure, runs
 
 STEPS, NODES, WIDTH, EMBEDDING = 48, 12, 96, 8
 
@@ -61,8 +61,5 @@ def test_graph_gru(benchmark, run: Run) -> None:
 
 @pytest.mark.parametrize("run", MEMORY_RUNS, ids=str)
 def test_training_memory(benchmark, run: Run) -> None:
-    benchmark.group = f"graph_gru {run.case.name} memory {dtype_name(run.dtype)}"
-    benchmark.extra_info |= run.facts() | {"pass": "memory"}
     check(run)
-    peak = benchmark.pedantic(memory.peak_above_inputs, (run,), rounds=1)
-    benchmark.extra_info["memory"] = peak
+    memory.measure(benchmark, run, f"graph_gru {run.case.name}")

@@ -214,15 +214,19 @@ def work(run: Run) -> Callable[[], object]:
 
 
 def measure(benchmark, run: Run) -> None:
-    """Check a run, then time it; rounds are as many as fit into SECONDS, within ROUNDS."""
+    """Check a run, then time it."""
     benchmark.group = f"{run.case.operator} {run.case.name} {run.mode} {dtype_name(run.dtype)}"
     benchmark.extra_info |= run.facts()
     check(run)
-    call = work(run)
+    timed(benchmark, work(run), SECONDS, ROUNDS)
+
+
+def timed(benchmark, call: Callable[[], object], seconds: float, rounds: tuple[int, int]) -> None:
+    """Time a call; rounds are as many as fit into `seconds`, within the fewest and the most of `rounds`."""
     calls, start = 0, time.perf_counter()
     while calls < 2 or time.perf_counter() - start < WARM_UP:
         call()
         calls += 1
     each = (time.perf_counter() - start) / calls
-    fewest, most = ROUNDS
-    benchmark.pedantic(call, rounds=int(min(max(SECONDS / each, fewest), most)))
+    fewest, most = rounds
+    benchmark.pedantic(call, rounds=int(min(max(seconds / each, fewest), most)))

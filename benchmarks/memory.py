@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import THREADS, Run, work
+from benchmarks.harness import THREADS, Run, dtype_name, work
 
 # Every larger block goes back to the system when it is freed, so that the resident set is what is in use.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4096", "MALLOC_TRIM_THRESHOLD_": "4096"}
@@ -30,6 +30,13 @@ def peak_above_inputs(run: Run, module: str | None = None) -> int:
     if done.returncode:
         raise RuntimeError(f"measuring the memory of {run} failed:\n{done.stderr}")
     return int(done.stdout)
+
+
+def measure(benchmark, run: Run, what: str, module: str | None = None) -> None:
+    """Take down a run's peak as its result, in the group of `what` is measured."""
+    benchmark.group = f"{what} memory {dtype_name(run.dtype)}"
+    benchmark.extra_info |= run.facts() | {"pass": "memory"}
+    benchmark.extra_info["memory"] = benchmark.pedantic(peak_above_inputs, (run, module), rounds=1)
 
 
 def resident(field: str) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ from aufast.models import AAR, MARGL, create_model
 from aufast.models.layout import separate
 from aufast.train import AARWeights, attention_network_loss, margl_loss, occurrence_loss
 from benchmarks import memory, peers
-from benchmarks.harness import WARM_UP, WrongResultError, distance, dtype_name
+from benchmarks.harness import WrongResultError, distance, dtype_name, timed
 
 Inputs = tuple[Tensor, ...]
 Work = Callable[[], object]
@@ -307,14 +306,7 @@ def measure(benchmark, run: Run) -> None:
     benchmark.group = f"{run.case.operator} {run.case.case} {run.case.mode} {dtype_name(run.dtype)}"
     benchmark.extra_info |= run.facts()
     check(run)
-    call = work(run)
-    calls, start = 0, time.perf_counter()
-    while calls < 2 or time.perf_counter() - start < WARM_UP:
-        call()
-        calls += 1
-    fewest, most = ROUNDS
-    rounds = SECONDS * calls / (time.perf_counter() - start)
-    benchmark.pedantic(call, rounds=int(min(max(rounds, fewest), most)))
+    timed(benchmark, work(run), SECONDS, ROUNDS)
 
 
 @pytest.mark.parametrize("run", RUNS, ids=str)
@@ -324,7 +316,4 @@ def test_models(benchmark, run: Run) -> None:
 
 @pytest.mark.parametrize("run", MEMORY_RUNS, ids=str)
 def test_training_memory(benchmark, run: Run) -> None:
-    benchmark.group = f"{run.case.operator} {run.case.case} memory {dtype_name(run.dtype)}"
-    benchmark.extra_info |= run.facts() | {"pass": "memory"}
-    peak = benchmark.pedantic(memory.peak_above_inputs, (run, "models"), rounds=1)
-    benchmark.extra_info["memory"] = peak
+    memory.measure(benchmark, run, f"{run.case.operator} {run.case.case}", "models")

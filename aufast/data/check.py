@@ -32,7 +32,7 @@ _SIGNS = {
 
 
 def detect_dataset(root: str | os.PathLike[str]) -> str:
-    """Which data set lies here: "bp4d", "disfa", "affwild2", or "table" for a JSON file.
+    """Which data set lies in `root`: "bp4d", "disfa", "affwild2", or "table" for a JSON file.
 
     Raises:
         ValueError: none of them, or several.
@@ -155,7 +155,7 @@ class Report:
 
 
 def check_dataset(root: str | os.PathLike[str], dataset: str | None = None, **options: object) -> Report:
-    """Read a data set's labels and report what is there and what is wrong; arguments of `read_dataset`."""
+    """Report what is there and what is wrong, from the labels; `root`, `dataset` and `options` as for `read_dataset`."""
     problems: list[str] = []
     videos = read_dataset(root, dataset, problems=problems, **options)
     name = videos[0].dataset

@@ -16,7 +16,7 @@ _OPTIONS = {"protocol_whitelist": "file", "format_whitelist": VIDEO_FORMATS}
 
 
 def iterate_frames(video: Video) -> Iterator[np.ndarray | ValueError]:
-    """Each frame of a record in order.
+    """Each frame of a `video` in order.
 
     Yields:
         uint8 (H, W, 3) RGB, or the error that names the frame that could not be read; a video file that ends

@@ -41,6 +41,12 @@ def file_sum(path: Path) -> str:
 class PackedVideo:
     """One video of a packed data set. Arrays are mapped when first used, in each process anew.
 
+    Args:
+        folder: where the arrays lie.
+        entry: its part of index.json.
+        size: of the faces in pixels.
+        m: number of AUs.
+
     Attributes:
         subject, name, group: as in the data set.
         folder: where the arrays lie.
@@ -89,7 +95,7 @@ class PackedVideo:
         path = self.folder / f"{name}.npy"
         try:
             array = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        except Exception as error:  # NumPy parses the header as Python text, which fails in many ways
             _refuse(path, f"missing, cut short or damaged: {error}")
         if array.dtype != dtype or array.shape != (self._length, *shape):
             _refuse(
@@ -165,7 +171,7 @@ class PackedDataset:
 
 
 def gather_labels(videos: Sequence[PackedVideo]) -> tuple[Tensor, Tensor]:
-    """Labels int8 (n, m) and mask bool (n, m) of these videos, for class weights and AU relations."""
+    """Labels int8 (n, m) and mask bool (n, m) of `videos`, for class weights and AU relations."""
     if not videos:
         raise ValueError("there is no video to take labels from")
     arrays = (np.concatenate([getattr(video, name) for video in videos]) for name in ("labels", "mask"))

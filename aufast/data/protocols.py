@@ -94,7 +94,7 @@ def official_split(
 
 
 def subject_parts(videos: Sequence[Recording], count: int = 3) -> tuple[tuple[str, ...], ...]:
-    """Parts for a data set without published ones: subjects in order of name, dealt out in turn."""
+    """`count` parts where none are published: the subjects of `videos` by name, dealt out in turn."""
     subjects = sorted({video.subject for video in videos})
     if not 2 <= count <= len(subjects):
         raise ValueError(f"count must be from 2 to {len(subjects)}, the number of subjects, got {count}")
@@ -110,7 +110,7 @@ def _checked(train: list[Item], test: list[Item], label: str) -> tuple[list[Item
 
 
 def check_disjoint(train: Sequence[Recording], test: Sequence[Recording]) -> None:
-    """Refuse a subject that is trained on and tested.
+    """Refuse a subject that is in `train` and in `test`.
 
     Raises:
         ValueError: it names the subject.

@@ -73,7 +73,7 @@ class Video:
         return len(self.numbers)
 
     def select(self, keep: np.ndarray, *notes: str) -> Video:
-        """The frames where `keep`, bool (n,), is True, with further notes."""
+        """The frames where `keep`, bool (n,), is True, with further `notes`."""
         rows = np.flatnonzero(keep)
         return replace(
             self,

@@ -187,12 +187,12 @@ class FaceDetector:
 
 
 def detect_faces(image: np.ndarray) -> list[Face]:
-    """Find the faces of one image, the largest first; for many images keep a `FaceDetector`."""
+    """Find the faces of one `image`, the largest first; for many images keep a `FaceDetector`."""
     return FaceDetector().detect(image)
 
 
 def largest_face(faces: Sequence[Face], name: str = "image") -> Face:
-    """The largest of the faces found in an image; see `FaceDetector.detect_one`."""
+    """The largest of the `faces` found in the image called `name`; see `FaceDetector.detect_one`."""
     if not faces:
         raise ValueError(f"there is no face in {name}")
     if len(faces) > 1:

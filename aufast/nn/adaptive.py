@@ -231,11 +231,9 @@ class AdaptiveGraphGRU(nn.Module):
 def agcrn_state_dict(state_dict: Mapping[str, Tensor], layer: int = 0) -> dict[str, Tensor]:
     """Take one layer's parameters, under `AdaptiveGraphGRU`'s names, out of a public AGCRN's state dict.
 
-    | here | public AGCRN and LibCity | PyTorch Geometric Temporal |
-    |---|---|---|
-    | `node_embeddings` | `node_embeddings` | the caller's own, if it is in the dict under that name |
-    | `gate.weights_pool`, `gate.bias_pool` | `encoder.dcrnn_cells.L.gate.…` | `gate.…` |
-    | `update.weights_pool`, `update.bias_pool` | `encoder.dcrnn_cells.L.update.…` | `update.…` |
+    The public AGCRN and LibCity have `encoder.dcrnn_cells.L.gate.…` and `….update.…` where this layer has
+    `gate.…` and `update.…`; PyTorch Geometric Temporal has the same names. `node_embeddings` is the model's
+    in the first two; in the third it is the caller's, and taken if the dict holds it under that name.
 
     A prefix in front of all names, as of a wrapping model, is no obstacle.
 

@@ -129,7 +129,7 @@ class AdaptiveRoi(nn.Module):
         return self.crop(source, boxes), boxes
 
     def factors(self, squeezed: Tensor) -> Tensor:
-        """The scale factors β (B, R, 4) of a squeezed map (B, squeeze, H, W)."""
+        """The scale factors β (B, R, 4) of `squeezed`, a map (B, squeeze, H, W)."""
         # A factor rounded to eight bits would move a box by a tenth of a pixel: autocast stops here.
         with torch.autocast(squeezed.device.type, enabled=False):
             pooled = squeezed.to(self.scale.weight.dtype).mean((2, 3))  # (B, squeeze)

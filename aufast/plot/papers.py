@@ -78,7 +78,7 @@ def attention_figure(model: AAR, face: AlignedFace, found: AAROutput) -> Figure:
 
 
 def learned_graphs(model: MARGL | AAR) -> dict[str, tuple[np.ndarray, tuple[int, ...]]]:
-    """The AU graphs of a model by title, as `plot_graphs` takes them; none where it has none."""
+    """The AU graphs of `model` by title, as `plot_graphs` takes them; none where it has none."""
     aus = model.config.aus
     if isinstance(model, MARGL):
         return {} if model.graph is None else {"MARGL: relations A0": (model.adjacency.numpy(), aus)}

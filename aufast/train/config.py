@@ -46,7 +46,7 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.lr must be a positive number, got {self.lr}")
 
     def rate(self, step: int, steps_per_epoch: int, epochs: int) -> float:
-        """The learning rate of a step, counted from 0 within its stage."""
+        """The learning rate of `step`, from 0 within a stage of `epochs` with `steps_per_epoch` each."""
         factor = min(1.0, (step + 1) / (self.warmup + 1))
         if self.schedule == "step":
             factor *= self.step_factor ** (step // steps_per_epoch // self.step_epochs)

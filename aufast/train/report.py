@@ -81,7 +81,7 @@ class Evaluation:
         return "\n".join(lines)
 
     def save(self, out: str | os.PathLike[str]) -> None:
-        """Write evaluation.json and evaluation.txt into a folder."""
+        """Write evaluation.json and evaluation.txt into the folder `out`."""
         out = Path(out)
         values = dataclasses.asdict(self)
         values["published"] = published_tables(self.dataset, self.pooled.aus)

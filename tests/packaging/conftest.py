@@ -21,7 +21,16 @@ SWITCHES = (
     "TORCH_CUDA_ARCH_LIST",
     "MAX_JOBS",
 )
-SWITCHES += ("CXX", "CXXFLAGS", "LDFLAGS", "NVCC_FLAGS", "DEBUG", "PYTHONPATH")
+SWITCHES += (
+    "AUFAST_TEST_TORCH",
+    "AUFAST_TEST_WHEEL",
+    "CXX",
+    "CXXFLAGS",
+    "LDFLAGS",
+    "NVCC_FLAGS",
+    "DEBUG",
+    "PYTHONPATH",
+)
 
 HEADER = "#pragma once\n#include <torch/csrc/stable/library.h>\n#include <torch/csrc/stable/ops.h>\n"
 OPERATOR = """

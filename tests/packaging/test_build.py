@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -145,3 +147,24 @@ def test_editable_install_maps_the_kernels(tmp_path: Path) -> None:
 
 def test_one_version() -> None:
     assert aufast.__version__ == importlib.metadata.version("aufast")
+
+
+@pytest.mark.slow
+def test_a_killed_build_leaves_the_old_library_and_the_next_one_ends(small_tree: Path) -> None:
+    assert build(small_tree).returncode == 0
+    library = small_tree / "aufast/_cpu.so"
+    before = library.read_bytes()
+    with open(small_tree / "csrc/cpu/common.h", "a") as header:
+        header.write("#define CHANGED\n")
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    for seconds in (0.3, 1.0, 2.0):
+        process = subprocess.Popen(command, cwd=small_tree, start_new_session=True, stdout=subprocess.DEVNULL)
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the compilers too
+            process.wait()
+            assert library.read_bytes() == before
+    done = build(small_tree)
+    assert done.returncode == 0, done.stdout
+    assert "tensor([[nan, nan, nan]])" in run([sys.executable, "-c", USE], small_tree).stdout

