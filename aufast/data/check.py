@@ -155,7 +155,7 @@ class Report:
 
 
 def check_dataset(root: str | os.PathLike[str], dataset: str | None = None, **options: object) -> Report:
-    """Report what is there and what is wrong, from the labels; `root`, `dataset` and `options` as for `read_dataset`."""
+    """Report what is there and what is wrong; `root`, `dataset` and `options` as for `read_dataset`."""
     problems: list[str] = []
     videos = read_dataset(root, dataset, problems=problems, **options)
     name = videos[0].dataset
