@@ -146,9 +146,7 @@ class Labeler:
             job.close()
         if outcome.status == "ok" and not outcome.with_face:
             outcome.status = "no_face"
-            outcome.sentence = (
-                "no face that is there can be labelled" if job.troubles else "no face was found"
-            )
+            outcome.sentence = "no face can be labelled" if job.troubles else "no face was found"
         outcome.seconds["all"] = time.perf_counter() - start
         return outcome
 

@@ -12,7 +12,9 @@ from aufast.label.config import LabelConfig
 from aufast.label.finding import FoundFace, Seen
 from aufast.plot.overlay import FaceView, draw_overlay
 
-_CLOCK = 90_000  # ticks a second of the overlay video; its container's frames come at any time
+# Ticks a second of the overlay video: 24, 25, 30 and 60 frames a second fall on ticks, others lie half a tick
+# off at most, and MPEG-4 has no clock above 65,535.
+_CLOCK = 60_000
 _CODECS = ("libx264", "mpeg4")
 
 

@@ -15,7 +15,6 @@ from aufast.label.finding import FORGET, FoundFace, Seen
 from aufast.models import AAR, MARGL, optimize_for_inference, to_input
 from aufast.models.streaming import AARStream
 
-
 NOT_FINITE = "the model gives numbers that are not finite"
 
 
