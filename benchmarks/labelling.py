@@ -7,8 +7,8 @@ their full size (weights untrained: the cost is the same) and prints for each
 - the seconds of each stage while all run, and the whole run beside the slowest of them.
 
 `memory` labels 2,000 and 20,000 small frames with a small model, landmarks of every tenth coming from a file,
-each in a process of its own, and prints the peak resident memory of both runs: of the program, of its decoder, and
-the sum.
+each in a process of its own, and prints the peak resident memory of both runs: of the program, of its
+decoder, and the sum.
 """
 
 from __future__ import annotations
