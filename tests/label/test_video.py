@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -151,6 +152,12 @@ def test_avi_frames_have_rising_time_stamps(tmp_path: Path, codec: str, bframes:
     assert finding.status == "ok" and not finding.warnings
     for frame, expected in zip(found, frames, strict=True):
         assert np.abs(frame.image.astype(int) - expected).mean() < 8, "and they belong to their pictures"
+
+
+def test_26_negative_time_stamps_stay_negative() -> None:
+    """FFmpeg writes none, so the frame is made by hand."""
+    frame = SimpleNamespace(pts=-5, time_base=Fraction(1, 30))
+    assert decoder._Counts(stored=True).time(frame, None) == -5 / 30
 
 
 def test_avi_times_go_on_after_a_packet_that_fails(tmp_path: Path) -> None:
