@@ -64,7 +64,7 @@ class OverlayVideo:
         self._aus, self._config = aus, config
         self._container = av.open(str(path), "w", format="mp4")
         codec = next(name for name in _CODECS if name in av.codecs_available)
-        # Frames in the order of showing: with others an MP4's readers drop the last one, whose end is unknown.
+        # In the order of showing: else an MP4's readers drop the last frame, whose end is unknown.
         self._stream = self._container.add_stream(codec, rate=Fraction(_CLOCK), options={"bf": "0"})
         self._stream.codec_context.time_base = Fraction(1, _CLOCK)
         self._stream.pix_fmt = "yuv420p"
