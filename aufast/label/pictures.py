@@ -81,7 +81,9 @@ class OverlayVideo:
         frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
         if picture.shape[:2] != (stream.height, stream.width):  # the video changes its size
             frame = frame.reformat(width=stream.width, height=stream.height)
-        wanted = self._last + 1 if seen.time is None else round(seen.time * _CLOCK)
+        # Without a time stamp a frame is shown for a moment, so that the overlay can be watched.
+        moment = 0 if self._last < 0 else self._last + _CLOCK // 25
+        wanted = moment if seen.time is None else round(seen.time * _CLOCK)
         # An encoder refuses time that does not go on.
         frame.pts = self._last = max(wanted, self._last + 1, 0)
         frame.time_base = Fraction(1, _CLOCK)
