@@ -114,6 +114,7 @@ def _add_label_command(commands: argparse._SubParsersAction) -> None:
         ("batch", int, "faces a call of the model (default: 16)"),
         ("workers", int, "detection threads (default: 2)"),
         ("timeout", float, "seconds an input may take (default: no limit)"),
+        ("stall", float, "seconds that decoding one frame may take (default: 300)"),
         ("memory", int, "bytes that decoding may take (default: 4 GiB)"),
         ("max-pixels", int, "larger frames are refused (default: 80 million)"),
     ):

@@ -1,12 +1,14 @@
-"""Files that appear whole or not at all, and folders with one writer."""
+"""Files that appear whole or not at all, folders with one writer, and sums of files."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 LOCK = ".lock"
 
@@ -57,3 +59,17 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def file_sum(path: str | os.PathLike) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return stream_sum(file)
+
+
+def stream_sum(file: BinaryIO) -> str:
+    """SHA-256 of what an open file holds from here on, in hexadecimal."""
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()

@@ -7,7 +7,8 @@ their full size (weights untrained: the cost is the same) and prints for each
 - the seconds of each stage while all run, and the whole run beside the slowest of them.
 
 `memory` labels 2,000 and 20,000 small frames with a small model, landmarks of every tenth coming from a file,
-each in a process of its own, and prints the peak resident memory of both.
+each in a process of its own, and prints the peak resident memory of both runs: of the program, of its
+decoder, and the sum.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 
 from aufast.faces import FaceDetector, au_centers
 from aufast.label import LabelConfig, Labeler, label_files
+from aufast.label.files import Source
 from aufast.label.finding import Seen
 from aufast.label.video import Frame
 from aufast.models import AAR, create_model, to_input
@@ -77,7 +79,8 @@ def measure_time(folder: Path) -> None:
             f"{through / bare:.3f} ×"
         )
         start = time.perf_counter()
-        outcome = labeler.label(folder / "video.mp4", lambda _: [])
+        with Source(folder / "video.mp4") as source:
+            outcome = labeler.label(source, lambda _: [])
         whole = time.perf_counter() - start
         assert outcome.with_face == count, outcome
         seconds = dict(outcome.seconds)
@@ -140,20 +143,25 @@ def measure_memory(folder: Path) -> None:
             subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1]
         )
         assert found["frames"] == count
-        peaks.append(found["peak"])
-        print(f"{count:>6} frames: {found['peak'] / 1024:.1f} MiB at most, {found['seconds']:.0f} s")
+        peaks.append(sum(found["peaks"]))
+        program, decoder = (peak / 1024 for peak in found["peaks"])
+        print(
+            f"{count:>6} frames: {program:.1f} MiB at most, {decoder:.1f} MiB of the decoder, "
+            f"{program + decoder:.1f} MiB together, {found['seconds']:.0f} s"
+        )
     print(f"20,000 / 2,000 frames: {peaks[1] / peaks[0]:.3f} ×")
 
 
 def one(folder: Path, count: str) -> None:
-    """Label one video in this process and print its peak memory as JSON."""
+    """Label one video in this process and print its peak memory, and its decoder's, as JSON."""
     import resource
 
     torch.set_num_threads(1)
     config = LabelConfig(str(folder / "small"), faces=str(folder / "faces"))
     summary = label_files([str(folder / f"{count}.mp4")], folder / f"out-{count}", config)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"frames": summary.frames, "peak": peak, "seconds": summary.seconds["all"]}))
+    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    peaks = [resource.getrusage(kind).ru_maxrss for kind in kinds]
+    print(json.dumps({"frames": summary.frames, "peaks": peaks, "seconds": summary.seconds["all"]}))
 
 
 def main(arguments: list[str]) -> None:

@@ -54,7 +54,7 @@ def _decode(path: Path) -> Iterator[np.ndarray]:
         raise ImportError(f"{path}: reading videos needs PyAV: pip install 'aufast[video]'") from error
     try:
         container = av.open(str(path.absolute()), options=_OPTIONS)
-    except (OSError, ValueError) as error:
+    except (av.FFmpegError, OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be opened as a video: {error}") from error
     with container:
         if not container.streams.video:
@@ -62,5 +62,5 @@ def _decode(path: Path) -> Iterator[np.ndarray]:
         try:
             for frame in container.decode(container.streams.video[0]):
                 yield frame.to_ndarray(format="rgb24")
-        except (OSError, ValueError):  # PyAV's errors are both kinds; what is missing is named by the caller
+        except (av.FFmpegError, OSError, ValueError):  # what is missing is named by the caller
             return

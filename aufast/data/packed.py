@@ -12,7 +12,6 @@ OUT/videos/NAME/          frames.npy    uint8 (n, size, size, 3) RGB
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -24,18 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aufast.files import file_sum
+
 FORMAT_VERSION = 1
 INDEX, SUMS, VIDEOS, VIDEO = "index.json", "SHA256SUMS", "videos", "video.json"
 ARRAYS = ("frames", "landmarks", "labels", "mask", "numbers")
-
-
-def file_sum(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 class PackedVideo:

@@ -19,11 +19,11 @@ import numpy as np
 
 from aufast.data.check import read_dataset
 from aufast.data.frames import iterate_frames
-from aufast.data.packed import FORMAT_VERSION, INDEX, SUMS, VIDEO, VIDEOS, file_sum, read_json
+from aufast.data.packed import FORMAT_VERSION, INDEX, SUMS, VIDEO, VIDEOS, read_json
 from aufast.data.parallel import run_all
 from aufast.data.records import Video, some
 from aufast.faces import FaceDetector, align_face
-from aufast.files import locked, sync_folder, write_whole, writing
+from aufast.files import file_sum, locked, sync_folder, write_whole, writing
 
 SETTINGS = "settings.json"
 _KEPT = "videos that are whole are kept, and the same command goes on"

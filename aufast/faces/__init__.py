@@ -10,7 +10,7 @@ from aufast.faces.detector import (
     find_landmark_model,
     largest_face,
 )
-from aufast.faces.images import load_image
+from aufast.faces.images import load_image, read_image
 from aufast.faces.landmarks import MIRROR_49, landmarks_49, mirror_landmarks
 from aufast.faces.tracker import FaceTracker
 
@@ -31,4 +31,5 @@ __all__ = [
     "largest_face",
     "load_image",
     "mirror_landmarks",
+    "read_image",
 ]

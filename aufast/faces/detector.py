@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import logging
 import math
@@ -17,6 +16,7 @@ import numpy as np
 
 from aufast.faces.images import check_image
 from aufast.faces.landmarks import landmarks_49
+from aufast.files import file_sum
 
 FILE_NAME = "shape_predictor_68_face_landmarks.dat"
 # The file of dlib.net, of the package face-recognition-models 0.3.0 and of Debian's libdlib-data 19.24.
@@ -70,7 +70,7 @@ class Landmarker:
     def __init__(self, path: str | os.PathLike | None = None) -> None:
         dlib = _import_dlib()
         file, is_named = find_landmark_model(path)
-        known = _sha256(file) == SHA256
+        known = file_sum(file) == SHA256
         if not (known or is_named):
             raise ValueError(
                 f"landmark model {str(file)!r} is damaged: its SHA-256 is not that of the known file"
@@ -226,14 +226,6 @@ def _import_dlib():
     except ImportError as error:
         raise ImportError("finding faces needs dlib: pip install 'aufast[faces]'") from error
     return dlib
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 @cache

@@ -37,23 +37,38 @@ def load_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> np.ndar
         ValueError: the file is missing, is not a regular file, is not an image, is damaged, is too large, or
             has no 8- or 16-bit scale. The message names the file.
     """
-    from PIL import UnidentifiedImageError
-
     name = repr(os.fsdecode(path))  # repr: a name may hold line breaks or bytes that are not text
     try:
         if not os.path.isfile(path):  # also keeps open() from waiting for ever on a pipe or a device
             raise ValueError("it is not a regular file" if os.path.exists(path) else "there is no such file")
         with open(path, "rb") as file:
-            if not file.peek(1):
-                raise ValueError("the file is empty")
-            return _decode(file, max_pixels)
-    except UnidentifiedImageError as error:
-        raise ValueError(
-            f"cannot read image {name}: it is in none of the formats {', '.join(FORMATS)}"
-        ) from error
-    except Exception as error:  # a decoder may raise anything on damaged data
-        reason = getattr(error, "strerror", None) or error or type(error).__name__
+            return read_image(file, max_pixels)
+    except (OSError, ValueError, MemoryError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ValueError(f"cannot read image {name}: {reason}") from error
+
+
+def read_image(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """As `load_image`, from an open file; the message of the error does not name it.
+
+    Raises:
+        ValueError: as `load_image`.
+        MemoryError: there is too little for the pixels.
+    """
+    from PIL import UnidentifiedImageError
+
+    try:
+        if not file.read(1):
+            raise ValueError("the file is empty")
+        file.seek(0)
+        return _decode(file, max_pixels)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"it is in none of the formats {', '.join(FORMATS)}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # a decoder may raise anything on damaged data
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ValueError(reason) from error
 
 
 def check_image(image: np.ndarray, name: str = "image") -> np.ndarray:

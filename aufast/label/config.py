@@ -14,8 +14,9 @@ STATUSES: tuple[str, ...] = get_args(Status)
 FINE = ("ok", "no_face")  # nothing was lost
 AGAIN = ("timeout", "oom")  # may end otherwise on another machine or day, so they are tried again
 
+LIMITS = ("timeout", "stall", "memory", "max_pixels")
 # These change how fast an input is labelled and when it is given up, but not one number of its table.
-_NO_NUMBERS = ("model", "batch", "workers", "device", "timeout", "memory", "max_pixels", "landmarks", "faces")
+_NO_NUMBERS = ("model", "batch", "workers", "device", *LIMITS, "landmarks", "faces")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class LabelConfig:
         device: "auto", "cpu" or "cuda".
         dtype: "float32" or "bfloat16", of feature maps; a model that was saved optimized keeps its own.
         timeout: seconds an input may take; 0 is no limit.
+        stall: seconds the decoder may take for one frame; 0 is no limit.
         memory: bytes the decoder may take.
         max_pixels: larger frames and images are refused.
     """
@@ -65,6 +67,7 @@ class LabelConfig:
     device: str = "auto"
     dtype: str = "float32"
     timeout: float = 0.0
+    stall: float = 300.0
     memory: int = 4 << 30
     max_pixels: int = 80_000_000
 
@@ -77,6 +80,7 @@ class LabelConfig:
             ("min_duration", 0),
             ("max_gap", 0),
             ("timeout", 0),
+            ("stall", 0),
             ("memory", 1),
             ("max_pixels", 1),
         ):

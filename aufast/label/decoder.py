@@ -7,6 +7,7 @@ of aufast, so it starts in a fraction of a second. Its parent reads it through `
 
 from __future__ import annotations
 
+import bisect
 import errno
 import json
 import os
@@ -17,6 +18,7 @@ import time
 SLACK = 0.25  # seconds by which a container's stated end may lie after its last packet
 UNSHOWN = ("vp8", "vp9", "av1")  # codecs with frames that only serve to predict others
 LOGGED = 5  # messages of FFmpeg that are passed on
+REORDERED = 17  # frames that a decoder may hold back to show others first, and the one at hand
 
 
 def main() -> None:
@@ -55,7 +57,7 @@ def _decode(out, options: dict) -> dict:
                 "/dev/fd/0",
                 options={"protocol_whitelist": "file", "format_whitelist": options["formats"]},
             )
-        except (OSError, ValueError) as error:
+        except _broken() as error:
             return _refuse("undecodable", f"cannot be opened as a video: {_reason(error)}")
         with container:
             stream, warnings = _choose(container)
@@ -67,6 +69,13 @@ def _decode(out, options: dict) -> dict:
         :LOGGED
     ]
     return end
+
+
+def _broken() -> tuple[type[Exception], ...]:
+    """What FFmpeg raises over broken files: some of its errors are neither OSError nor ValueError."""
+    from av import FFmpegError
+
+    return FFmpegError, OSError, ValueError
 
 
 def _reason(error: Exception) -> str:
@@ -96,16 +105,45 @@ def _choose(container):
 
 
 class _Counts:
-    """What was seen of the stream."""
+    """What was seen of the stream.
 
-    def __init__(self) -> None:
+    Args:
+        stored: the container stores presentation times. AVI does not: what FFmpeg gives for them there goes
+            in the order of decoding, so that frames which others are predicted from come too early. Frames
+            are given in the order of showing, so each takes the earliest time that is left.
+    """
+
+    def __init__(self, stored: bool) -> None:
+        self._stored = stored
+        self._times: list[float] = []  # of packets whose frames are still to come, sorted; empty if stored
         self.packets = self.decoded = self.failed = self.damaged = 0
         self.untimed = self.backward = self.resized = 0
         self.reached = 0.0  # seconds: end of the furthest packet of any stream
         self.last: float | None = None
         self.size: tuple[int, int] | None = None
 
+    def packet(self, packet) -> None:
+        """Take a packet of the stream, before it is decoded."""
+        self.packets += packet.size > 0
+        if packet.pts is not None and packet.size and not self._stored:
+            bisect.insort(self._times, float(packet.pts * packet.time_base))
+            del self._times[:-REORDERED]  # a packet without a frame must not hold up the times after it
+
+    def fail(self, packet) -> None:
+        """A packet, or None at the end, that cannot be decoded: a frame that failed."""
+        self.failed += 1
+        when = None if packet is None or packet.pts is None else float(packet.pts * packet.time_base)
+        if when in self._times:
+            self._times.remove(when)
+
+    def time(self, frame, stream) -> float | None:
+        """When a frame is shown, in seconds; frames come in that order."""
+        if self._times:
+            return self._times.pop(0)
+        return None if frame.pts is None else float(frame.pts * (frame.time_base or stream.time_base))
+
     def frame(self, frame, when: float | None) -> None:
+        """Take a frame that is sent."""
         self.damaged += bool(frame.is_corrupt)
         self.untimed += when is None
         self.backward += when is not None and self.last is not None and when <= self.last
@@ -118,11 +156,14 @@ class _Counts:
 
 def _frames(out, container, stream, max_pixels: int) -> dict:
     codec = stream.codec_context
+    if codec is None:
+        return _refuse("undecodable", "there is no decoder for its video")
     width, height = codec.width, codec.height
     if width * height > max_pixels:
         return _refuse("too_large", f"its frames of {width} x {height} pixels are more than {max_pixels}")
     codec.options = {"max_pixels": str(max_pixels)}
-    counts, broken, started, waiting = _Counts(), None, time.perf_counter(), 0.0
+    counts = _Counts(stored=container.format.name != "avi")
+    broken, started, waiting = None, time.perf_counter(), 0.0
     fps = float(stream.average_rate or stream.guessed_rate or 25)
     packets = container.demux([s for s in container.streams if s.type in ("video", "audio")])
     info = _facts(stream, container)
@@ -131,7 +172,7 @@ def _frames(out, container, stream, max_pixels: int) -> dict:
             packet = next(packets)
         except StopIteration:
             break
-        except (OSError, ValueError) as error:
+        except _broken() as error:
             broken = _reason(error)
             break
         if packet.pts is not None:
@@ -139,11 +180,11 @@ def _frames(out, container, stream, max_pixels: int) -> dict:
             counts.reached = max(counts.reached, end)
         if packet.stream is not stream:
             continue
-        counts.packets += packet.size > 0
-        for frame in _pictures(lambda: packet.decode(), counts):  # noqa: B023
+        counts.packet(packet)
+        for frame in _pictures(codec, packet, counts):
             waiting += _emit(out, frame, stream, counts, info)
     if broken is not None:
-        for frame in _pictures(lambda: codec.decode(None), counts):
+        for frame in _pictures(codec, None, counts):
             waiting += _emit(out, frame, stream, counts, info)
     if not counts.decoded:
         what = "frames that can be decoded" if counts.failed or broken else "frames"
@@ -151,23 +192,28 @@ def _frames(out, container, stream, max_pixels: int) -> dict:
     return _finding(counts, broken, stream, container, info, fps, time.perf_counter() - started - waiting)
 
 
-def _pictures(decode, counts: _Counts):
-    """Decoded frames; a packet that cannot be decoded counts as a frame that failed."""
+def _pictures(codec, packet, counts: _Counts):
+    """The frames of a packet, or those held back where it is None; what cannot be decoded is counted."""
     try:
-        yield from decode()
-    except (OSError, ValueError) as error:
+        yield from codec.decode(packet)
+    except _broken() as error:
         _reason(error)  # too little memory is no broken packet
-        counts.failed += 1
+        counts.fail(packet)
 
 
 def _emit(out, frame, stream, counts: _Counts, info: dict) -> float:
     """Send a frame, upright; returns the seconds waited for the reader."""
     import numpy as np
 
-    when = None if frame.pts is None else float(frame.pts * (frame.time_base or stream.time_base))
+    when = counts.time(frame, stream)
+    try:
+        image = frame.to_ndarray(format="rgb24")  # (H, W, 3)
+    except _broken() as error:
+        _reason(error)
+        counts.failed += 1
+        return 0.0
     counts.frame(frame, when)
     info.setdefault("rotation", int(frame.rotation))
-    image = frame.to_ndarray(format="rgb24")  # (H, W, 3)
     if frame.rotation % 90 == 0:
         image = np.rot90(image, round(frame.rotation / 90))
     image = np.ascontiguousarray(image)

@@ -13,8 +13,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from aufast.faces import read_image
 from aufast.faces.images import FORMATS
-from aufast.files import sync_folder
+from aufast.files import stream_sum, sync_folder
 from aufast.label.config import InputError
 from aufast.label.video import open_regular
 
@@ -81,41 +84,86 @@ def in_shard(path: str, shard: tuple[int, int]) -> bool:
     return int.from_bytes(hashlib.sha256(os.fsencode(path)).digest()[:8], "big") % count == index
 
 
-def content_sum(path: str) -> str:
-    """SHA-256 of a regular file."""
-    digest = hashlib.sha256()
-    with open_regular(path) as file:
-        try:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        except OSError as error:
-            raise InputError("undecodable", error.strerror or str(error)) from error
-    return digest.hexdigest()
+class Source:
+    """A file to label, opened once: what is hashed is what is read, whatever becomes of its name.
 
+    Args:
+        path: of a regular file.
 
-def is_image(path: str, max_pixels: int) -> tuple[bool, bool]:
-    """Whether a file is an image, by its content, and whether it is an animation.
+    Attributes:
+        path: as given.
+        file: open for reading.
+        size: in bytes.
 
     Raises:
-        InputError: "too_large", before anything is decoded.
+        InputError: it cannot be opened.
     """
-    from PIL import Image, UnidentifiedImageError
 
-    with open_regular(path) as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    def __init__(self, path: str | os.PathLike):
+        self.path = os.fspath(path)
+        self.file = open_regular(path)
+        self.size, self._changed = self._state()
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def _state(self) -> tuple[int, int]:
+        state = os.fstat(self.file.fileno())
+        return state.st_size, state.st_mtime_ns
+
+    def is_changed(self) -> bool:
+        """Whether somebody has written into the file since it was opened."""
+        return self._state() != (self.size, self._changed)
+
+    def sum(self) -> str:
+        """SHA-256 of the content."""
+        self.file.seek(0)
         try:
-            with Image.open(file, formats=FORMATS) as image:
-                width, height = image.size
-                animated = getattr(image, "is_animated", False)
-        except UnidentifiedImageError:
-            return False, False
-        except Image.DecompressionBombError as error:
-            raise InputError("too_large", str(error)) from error
-        except Exception:  # a decoder may raise anything; `load_image` will say what
-            return True, False
-    if width * height > max_pixels:
-        raise InputError("too_large", f"its {width} x {height} pixels are more than {max_pixels}")
-    return True, animated
+            return stream_sum(self.file)
+        except OSError as error:
+            raise InputError("undecodable", error.strerror or str(error)) from error
+
+    def is_image(self, max_pixels: int) -> tuple[bool, bool]:
+        """Whether it is an image, by its content, and whether it is an animation.
+
+        Raises:
+            InputError: "too_large", before anything is decoded.
+        """
+        from PIL import Image, UnidentifiedImageError
+
+        self.file.seek(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            try:
+                with Image.open(self.file, formats=FORMATS) as image:
+                    width, height = image.size
+                    animated = getattr(image, "is_animated", False)
+            except UnidentifiedImageError:
+                return False, False
+            except Image.DecompressionBombError as error:
+                raise InputError("too_large", str(error)) from error
+            except Exception:  # a decoder may raise anything; `read_image` will say what
+                return True, False
+        if width * height > max_pixels:
+            raise InputError("too_large", f"its {width} x {height} pixels are more than {max_pixels}")
+        return True, animated
+
+    def image(self, max_pixels: int) -> np.ndarray:
+        """The image, uint8 (H, W, 3).
+
+        Raises:
+            InputError: it is damaged, or memory does not suffice.
+        """
+        self.file.seek(0)
+        try:
+            return read_image(self.file, max_pixels)
+        except ValueError as error:
+            raise InputError("undecodable", str(error)) from error
+        except MemoryError as error:
+            raise InputError("oom", "decoding it takes more memory than there is") from error
 
 
 # ---- outputs ---------------------------------------------------------------------------------------

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import numpy as np
 
 from aufast.data.landmarks import COUNTS
 from aufast.data.tables import refuse
+from aufast.label.config import InputError, Status
 
 BOX = ("x1", "y1", "x2", "y2")
 
@@ -42,22 +45,32 @@ class GivenFaces:
         path: the CSV; it is checked as a whole before its first face is given.
         one_based: coordinates count the first pixel as 1.
 
+    Attributes:
+        last: the last frame that has a row, counted from 1; 0 where none has.
+
     Raises:
-        ValueError: whatever does not fit, by file and line. An empty or NaN coordinate fits: it is a face
-            that cannot be aligned.
+        InputError: the file cannot be read, or something in it does not fit, by file and line. An empty or
+            NaN coordinate fits: it is a face that cannot be aligned.
     """
 
     def __init__(self, path: Path, one_based: bool = False):
         self._path, self._shift = path, int(one_based)
-        for _ in self._frames():
-            pass
-        self._rest = self._frames()
-        self._next = next(self._rest, None)
+        self.last = 0
+        with _readable(path, "undecodable"):
+            for index, _ in self._frames():
+                self.last = index + 1
+            self._rest = self._frames()
+            self._next = next(self._rest, None)
 
     def of(self, index: int) -> list[GivenFace]:
-        """The faces of frame `index`, from 0; frames are asked for in order."""
-        while self._next is not None and self._next[0] < index:
-            self._next = next(self._rest, None)
+        """The faces of frame `index`, from 0; frames are asked for in order.
+
+        Raises:
+            InputError: the file was changed since it was checked.
+        """
+        with _readable(self._path, "partial"):
+            while self._next is not None and self._next[0] < index:
+                self._next = next(self._rest, None)
         return self._next[1] if self._next is not None and self._next[0] == index else []
 
     def _frames(self) -> Iterator[tuple[int, list[GivenFace]]]:
@@ -109,6 +122,53 @@ class GivenFaces:
         if is_box:
             return GivenFace(int(face_id), tuple(places.tolist()), None)
         return GivenFace(int(face_id), None, places.reshape(-1, 2))
+
+
+@contextlib.contextmanager
+def _readable(path: Path, status: Status) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(status, f"the file of faces {str(path)!r}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise InputError(status, str(error)) from error
+
+
+def faces_file(folder: str, path: str | os.PathLike) -> Path:
+    """Where the boxes or landmarks of an input are looked for.
+
+    For `recordings/a/clip.mp4` that is `a/clip.mp4.csv` or `a/clip.csv` in the folder, with as many of the
+    input's own folders as there are, and at last `clip.mp4.csv` or `clip.csv`.
+    """
+    whole = Path(os.path.abspath(path))
+    parts = whole.parent.parts[1:]
+    for k in range(len(parts) + 1):
+        for name in (whole.name, whole.stem):
+            file = Path(folder, *parts[k:], name + ".csv")
+            if os.path.isfile(file):
+                return file
+    return Path(folder, whole.stem + ".csv")
+
+
+def shared_faces(folder: str, paths: Iterable[str]) -> dict[str, str]:
+    """Inputs that would take their faces from one file, each with another one that would."""
+    by_stem: dict[str, list[str]] = {}
+    for path in paths:
+        by_stem.setdefault(Path(path).stem, []).append(path)
+    shared = {}
+    for group in by_stem.values():
+        by_file: dict[Path, list[str]] = {}
+        for path in group if len(group) > 1 else ():
+            by_file.setdefault(faces_file(folder, path), []).append(path)
+        for same in by_file.values():
+            shared |= {path: same[0] if path != same[0] else same[1] for path in same if len(same) > 1}
+    return shared
+
+
+def has_boxes(path: Path) -> bool:
+    """Whether a file of faces holds boxes, in which landmarks are still to be found."""
+    with _readable(path, "undecodable"), open(path, encoding="utf-8-sig", errors="replace") as file:
+        return [cell.strip() for cell in file.readline().split(",")][2:] == list(BOX)
 
 
 def _numbers(path: Path, cells: list[str], line: int) -> list[float]:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from aufast.faces import load_image
-from aufast.label.config import InputError, LabelConfig
-from aufast.label.files import is_image, writing
+from aufast.label.config import LIMITS, InputError, LabelConfig
+from aufast.label.files import Source, writing
 from aufast.label.finding import FaceStage, Seen
-from aufast.label.given import GivenFaces
-from aufast.label.recognizing import Recognizer
+from aufast.label.given import GivenFaces, faces_file
+from aufast.label.recognizing import NOT_FINITE, Recognizer
 from aufast.label.tables import Sink, columns, rows
 from aufast.label.video import Frame, VideoReader
 from aufast.models import load_model
@@ -108,7 +105,11 @@ class Labeler:
         table: list[list[Any]] = []
         for path in batch["path"]:
             kept: list[list[Any]] = []
-            outcome = self.label(str(path), lambda _, kept=kept: [_Rows(kept, self.aus, self.config)])
+            try:
+                with Source(str(path)) as source:
+                    outcome = self.label(source, lambda _, kept=kept: [_Rows(kept, self.aus, self.config)])
+            except InputError as error:
+                outcome = Outcome(error.status, str(error))
             nothing = rows(Seen(-1, None, None), self.aus, self.config)
             table += [[str(path), outcome.status, outcome.sentence, *row] for row in kept or nothing]
         cells = list(zip(*table, strict=True)) or [()] * len(names)
@@ -116,14 +117,14 @@ class Labeler:
 
     def label(
         self,
-        path: str | os.PathLike,
+        source: Source,
         open_sinks: OpenSinks,
         progress: Callable[[int], None] = lambda frames: None,
     ) -> Outcome:
         """Label one image or video.
 
         Args:
-            path: the file.
+            source: the open file.
             open_sinks: called with whether the input is an image once its first frame is labelled; gives what
                 takes the frames. They are closed here.
             progress: called with the number of frames done.
@@ -136,7 +137,7 @@ class Labeler:
         """
         start = time.perf_counter()
         outcome = Outcome()
-        job = _Job(self, Path(os.fspath(path)), open_sinks, progress, outcome)
+        job = _Job(self, source, open_sinks, progress, outcome)
         try:
             job.run()
         except InputError as error:
@@ -145,7 +146,7 @@ class Labeler:
             job.close()
         if outcome.status == "ok" and not outcome.with_face:
             outcome.status = "no_face"
-            outcome.sentence = outcome.sentence or "no face was found"
+            outcome.sentence = "no face can be labelled" if job.troubles else "no face was found"
         outcome.seconds["all"] = time.perf_counter() - start
         return outcome
 
@@ -159,34 +160,40 @@ class Labeler:
 class _Job:
     """Labelling one input."""
 
-    def __init__(self, labeler: Labeler, path: Path, open_sinks: OpenSinks, progress, outcome: Outcome):
-        self.labeler, self.path, self.open_sinks = labeler, path, open_sinks
+    def __init__(self, labeler: Labeler, source: Source, open_sinks: OpenSinks, progress, outcome: Outcome):
+        self.labeler, self.source, self.open_sinks = labeler, source, open_sinks
         self.progress, self.outcome = progress, outcome
         self.config = labeler.config
         self.sinks: list[Sink] | None = None
         self.ids: set[int] = set()
         self.troubles: dict[str, int] = {}
+        self.not_finite = 0
         self.started = time.monotonic()
         self.writing = 0.0
 
     def run(self) -> None:
-        image, animated = is_image(str(self.path), self.config.max_pixels)
+        image, animated = self.source.is_image(self.config.max_pixels)
         if animated:
             self.outcome.warnings.append("it is an animation; its first frame is labelled")
         given = self._given()
         if image:
             self._label(self._image(), given, image=True)
-            return
-        before = os.stat(self.path)
-        options = {"max_pixels": self.config.max_pixels, "memory": self.config.memory}
-        with VideoReader(self.path, timeout=self.config.timeout, **options) as reader:
-            try:
-                # Closed first, the reader ends the thread that waits for a frame.
-                self._label(reader, given, image=False, last=reader.close)
-            finally:
-                self._note(reader)
-        after = os.stat(self.path)
-        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        else:
+            limits = {name: getattr(self.config, name) for name in LIMITS}
+            with VideoReader(self.source.file, **limits) as reader:
+                try:
+                    # Closed first, the reader ends the thread that waits for a frame.
+                    self._label(reader, given, image=False, last=reader.close)
+                finally:
+                    self._note(reader)
+        decoded = self.outcome.frames["decoded"]
+        if given is not None and given.last > decoded:
+            self.outcome.warnings.append(
+                f"the file of faces goes on to frame {given.last}, the input ends with frame {decoded}"
+            )
+        if self.not_finite:
+            self._lose(f"{NOT_FINITE} for {self.not_finite} faces")
+        if self.source.is_changed():
             self._lose("the file was changed while it was read")
 
     def _note(self, reader: VideoReader) -> None:
@@ -205,11 +212,7 @@ class _Job:
 
     def _image(self) -> Iterator[Frame]:
         start = time.perf_counter()
-        try:
-            image = load_image(self.path, self.config.max_pixels)
-        except ValueError as error:
-            reason = str(error).removeprefix(f"cannot read image {os.fsdecode(self.path)!r}: ")
-            raise InputError("undecodable", reason) from error
+        image = self.source.image(self.config.max_pixels)
         self.outcome.frames["expected"] = 1
         self.outcome.seconds["decode"] = time.perf_counter() - start
         yield Frame(0, 0.0, image)
@@ -217,11 +220,7 @@ class _Job:
     def _given(self) -> GivenFaces | None:
         if self.config.faces is None:
             return None
-        file = faces_file(self.config.faces, self.path)
-        try:
-            return GivenFaces(file, self.config.one_based)
-        except ValueError as error:
-            raise InputError("undecodable", str(error)) from error
+        return GivenFaces(faces_file(self.config.faces, self.source.path), self.config.one_based)
 
     def _label(
         self, frames: Iterable[Frame], given, image: bool, last: Callable[[], None] = lambda: None
@@ -256,7 +255,7 @@ class _Job:
             return
         self.labeler.recognizer.predict(pending)
         start = time.perf_counter()
-        with writing(f"the labels of {self.path}"):
+        with writing(f"the labels of {self.source.path}"):
             if self.sinks is None:
                 self.sinks = list(self.open_sinks(image))
             for seen in pending:
@@ -276,12 +275,13 @@ class _Job:
         self.outcome.with_face += bool(labelled)
         self.ids.update(face.face_id for face in labelled)
         for face in seen.faces:
+            self.not_finite += face.trouble == NOT_FINITE
             if face.trouble:
                 self.troubles[face.trouble] = self.troubles.get(face.trouble, 0) + 1
 
     def close(self) -> None:
         """Close what takes the frames and write down what was counted."""
-        with writing(f"the labels of {self.path}"), contextlib.ExitStack() as stack:
+        with writing(f"the labels of {self.source.path}"), contextlib.ExitStack() as stack:
             for sink in self.sinks or ():
                 stack.callback(sink.close)
         self.outcome.faces = len(self.ids)
@@ -309,8 +309,3 @@ def _column(name: str, values: Sequence[Any]) -> np.ndarray:
     if name in ("frame", "face_id", "success") or name.endswith("_c"):
         return np.array(values, np.int64)
     return np.array([np.nan if value is None else value for value in values], np.float64)
-
-
-def faces_file(folder: str, path: str | os.PathLike) -> Path:
-    """Where the boxes or landmarks of an input are looked for."""
-    return Path(folder, Path(path).stem + ".csv")

@@ -12,7 +12,9 @@ from aufast.label.config import LabelConfig
 from aufast.label.finding import FoundFace, Seen
 from aufast.plot.overlay import FaceView, draw_overlay
 
-_CLOCK = 90_000  # ticks a second of the overlay video; its container's frames come at any time
+# Ticks a second of the overlay video: 24, 25, 30 and 60 frames a second fall on ticks, others lie half a tick
+# off at most, and MPEG-4 has no clock above 65,535.
+_CLOCK = 60_000
 _CODECS = ("libx264", "mpeg4")
 
 
@@ -62,7 +64,8 @@ class OverlayVideo:
         self._aus, self._config = aus, config
         self._container = av.open(str(path), "w", format="mp4")
         codec = next(name for name in _CODECS if name in av.codecs_available)
-        self._stream = self._container.add_stream(codec, rate=Fraction(_CLOCK))
+        # In the order of showing: else an MP4's readers drop the last frame, whose end is unknown.
+        self._stream = self._container.add_stream(codec, rate=Fraction(_CLOCK), options={"bf": "0"})
         self._stream.codec_context.time_base = Fraction(1, _CLOCK)
         self._stream.pix_fmt = "yuv420p"
         self._last = -1
@@ -78,7 +81,9 @@ class OverlayVideo:
         frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
         if picture.shape[:2] != (stream.height, stream.width):  # the video changes its size
             frame = frame.reformat(width=stream.width, height=stream.height)
-        wanted = self._last + 1 if seen.time is None else round(seen.time * _CLOCK)
+        # Without a time stamp a frame is shown for a moment, so that the overlay can be watched.
+        moment = 0 if self._last < 0 else self._last + _CLOCK // 25
+        wanted = moment if seen.time is None else round(seen.time * _CLOCK)
         # An encoder refuses time that does not go on.
         frame.pts = self._last = max(wanted, self._last + 1, 0)
         frame.time_base = Fraction(1, _CLOCK)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -14,12 +15,15 @@ from aufast.label.finding import FORGET, FoundFace, Seen
 from aufast.models import AAR, MARGL, optimize_for_inference, to_input
 from aufast.models.streaming import AARStream
 
+NOT_FINITE = "the model gives numbers that are not finite"
+
 
 class Recognizer:
     """Runs a model over the faces of frames that come in order.
 
     MARGL sees the faces of many frames as one batch; AAR sees each face as a stream, whose state is carried
-    from call to call, so that a video gives the numbers of one long clip.
+    from call to call, so that a video gives the numbers of one long clip. A stream begins anew where its face
+    was gone for more than `FORGET` frames, and after a frame whose numbers are not finite.
 
     Args:
         model: in evaluation mode.
@@ -81,29 +85,26 @@ class Recognizer:
             for index, face in faces:
                 streams.setdefault(face.face_id, []).append((index, face))
             for stream in streams.values():
-                self._in_pieces(stream, self._clip)
+                for shot in _unbroken(stream):
+                    self._in_pieces(shot, self._clip)
             now = frames[-1].index if frames else 0
             self._streams = {k: v for k, v in self._streams.items() if now - v[0] <= FORGET}
-        for _, face in faces:
-            if not np.isfinite(face.probabilities).all():
-                face.probabilities, face.trouble = None, "the model gives numbers that are not finite"
         self.seconds += time.perf_counter() - start
 
     def _in_pieces(self, faces: list[tuple[int, FoundFace]], run) -> None:
+        """Have `run` take a batch at a time; it returns how many it is done with."""
         done = 0
         while done < len(faces):
             try:
-                run(faces[done : done + self.batch])
+                done += run(faces[done : done + self.batch])
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
                 if self.batch == 1:
                     raise InputError("oom", "the model has too little memory for a single face") from error
                 self.batch //= 2
-                continue
-            done += self.batch
 
-    def _images(self, faces: list[tuple[int, FoundFace]]) -> None:
+    def _images(self, faces: list[tuple[int, FoundFace]]) -> int:
         model = self.model
         pixels = np.stack([face.aligned.image for _, face in faces])  # (B, S, S, 3)
         points = np.stack([face.aligned.landmarks for _, face in faces])  # (B, 49, 2)
@@ -111,27 +112,54 @@ class Recognizer:
         found = model(self._input(pixels), centers.to(self.device))
         probabilities = found.probabilities.cpu().numpy()  # (B, m)
         for k, (_, face) in enumerate(faces):
-            face.probabilities = probabilities[k]
+            _keep(face, probabilities[k])
             if self._keep_regions and found.rois:
                 # Level pixels to image pixels, whose first has its middle at 0.
                 scales = [model.config.image_size / size for size in model.level_sizes]
                 boxes = [rois[k].cpu().numpy() * s - 0.5 for rois, s in zip(found.rois, scales, strict=True)]
                 face.rois = np.concatenate(boxes)  # (L·2m, 4)
+        return len(faces)
 
-    def _clip(self, faces: list[tuple[int, FoundFace]]) -> None:
-        name, (last, _) = faces[0][1].face_id, faces[-1]
+    def _clip(self, faces: list[tuple[int, FoundFace]]) -> int:
+        """Up to the first frame whose numbers are not finite: what comes after needs another state."""
+        (first, face), (last, _) = faces[0], faces[-1]
+        name = face.face_id
         pixels = np.stack([face.aligned.image for _, face in faces])  # (T, S, S, 3)
-        _, stream = self._streams.get(name) or (0, self.model.stream(chunk=self.batch))
+        before, stream = self._streams.get(name, (-math.inf, None))
+        if stream is None or first - before > FORGET:
+            stream = self.model.stream(chunk=self.batch)
         found = stream(self._input(pixels))
-        self._streams[name] = (last, stream)
         probabilities = found.probabilities.cpu().numpy()  # (T, m)
+        bad = np.flatnonzero(~np.isfinite(probabilities).all(axis=1))
+        if len(bad):
+            faces = faces[: bad[0] + 1]
+            self._streams.pop(name, None)
+        else:
+            self._streams[name] = (last, stream)
         for k, (_, face) in enumerate(faces):
-            face.probabilities = probabilities[k]
+            _keep(face, probabilities[k])
             if self._keep_regions and found.attention is not None:
                 face.attention = found.attention[k].amax(0).cpu().numpy()  # (s, s): over all AUs
+        return len(faces)
 
     def _input(self, pixels: np.ndarray) -> torch.Tensor:
         return to_input(torch.from_numpy(pixels).to(self.device), self.model.config)
+
+
+def _keep(face: FoundFace, probabilities: np.ndarray) -> None:
+    if np.isfinite(probabilities).all():
+        face.probabilities = probabilities
+    else:
+        face.trouble = NOT_FINITE
+
+
+def _unbroken(faces: list[tuple[int, FoundFace]]) -> Iterator[list[tuple[int, FoundFace]]]:
+    """One face's frames, cut where it was gone for so long that its stream begins anew."""
+    start = 0
+    for k in range(1, len(faces) + 1):
+        if k == len(faces) or faces[k][0] - faces[k - 1][0] > FORGET:
+            yield faces[start:k]
+            start = k
 
 
 def is_out_of_memory(error: BaseException) -> bool:

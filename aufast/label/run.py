@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -18,11 +19,13 @@ from typing import IO, Any
 import torch
 
 import aufast
-from aufast.data.packed import file_sum
+from aufast.faces import find_landmark_model
 from aufast.faces.align import BORDER, ENLARGE
-from aufast.label.config import AGAIN, FINE, STATUSES, InputError, LabelConfig
-from aufast.label.files import OutputError, Outputs, content_sum, find_inputs, in_shard, output_name, writing
-from aufast.label.labeler import Labeler, Outcome, faces_file
+from aufast.files import file_sum
+from aufast.label.config import AGAIN, FINE, LIMITS, STATUSES, InputError, LabelConfig
+from aufast.label.files import OutputError, Outputs, Source, find_inputs, in_shard, output_name, writing
+from aufast.label.given import faces_file, has_boxes, shared_faces
+from aufast.label.labeler import Labeler, Outcome
 from aufast.label.pictures import OverlayPicture, OverlayVideo
 from aufast.label.report import ReportPage
 from aufast.label.tables import SUFFIXES, Sink, open_table
@@ -103,6 +106,8 @@ def label_files(
     if not found:
         raise ValueError(f"no image or video in {', '.join(map(repr, paths)) or 'an empty list'}")
     run = _Run(out, config, Summary(others=others))
+    if config.faces is not None:
+        run.shared_faces = shared_faces(config.faces, found)
     mine = [path for path in found if in_shard(path, shard)]
     name = "run.jsonl" if count == 1 else f"run-{index}-of-{count}.jsonl"
     with writing(str(out / name)):
@@ -159,31 +164,33 @@ class _Run:
         folder = Path(config.model)
         self.model_sum = file_sum(folder / WEIGHTS)
         self.model_config_sum = file_sum(folder / CONFIG)
+        self.shared_faces: dict[str, str] = {}  # inputs that have no file of faces to themselves
+
+    @functools.cached_property
+    def landmarks_sum(self) -> str:
+        """SHA-256 of the landmark model."""
+        return file_sum(find_landmark_model(self.config.landmarks)[0])
 
     def one(self, path: str, progress: _Progress, log: IO[str]) -> None:
         """Label an input, or find that it is labelled."""
         outputs, kept = None, None
         try:
-            content = content_sum(path)
-            sums = [
-                content,
-                self.model_sum,
-                self.model_config_sum,
-                self.config.fingerprint(),
-                self._faces_sum(path),
-            ]
-            outputs = Outputs(self.out, output_name(path, *sums))
-            kept = _finished(outputs.sidecar)
-            outcome = kept or self._label(path, content, outputs, progress)
+            with Source(path) as source:
+                sums = {"input": source.sum(), **self._faces_sums(path)}
+                model = [self.model_sum, self.model_config_sum, self.config.fingerprint()]
+                outputs = Outputs(self.out, output_name(path, *sums.values(), *model))
+                kept = _finished(outputs.sidecar, self.config)
+                outcome = kept or self._label(source, sums, outputs, progress)
         except InputError as error:  # there is no content to name an output by
             outcome = Outcome(error.status, str(error))
         progress.end(outcome, kept is not None)
         self._note(path, outcome, outputs, kept is not None, log)
 
-    def _label(self, path: str, content: str, outputs: Outputs, progress: _Progress) -> Outcome:
+    def _label(self, source: Source, sums: dict[str, str], outputs: Outputs, progress: _Progress) -> Outcome:
         try:
-            outcome = self.labeler.label(path, lambda image: self._sinks(path, outputs, image), progress)
-            outputs.commit(self._sidecar(path, content, outcome))
+            sinks = functools.partial(self._sinks, source.path, outputs)
+            outcome = self.labeler.label(source, sinks, progress)
+            outputs.commit(self._sidecar(source, sums, outcome))
             return outcome
         except (OutputError, ImportError):
             raise
@@ -205,19 +212,34 @@ class _Run:
             sinks.append(ReportPage(outputs.path(".html"), aus, config, os.path.basename(path), facts))
         return sinks
 
-    def _faces_sum(self, path: str) -> str:
+    def _faces_sums(self, path: str) -> dict[str, str]:
+        """SHA-256 of what the faces of an input come from: a file of them, a landmark model, or both."""
         if self.config.faces is None:
-            return ""
+            return {"landmark_model": self.landmarks_sum}
         file = faces_file(self.config.faces, path)
-        if not file.is_file():
+        if not os.path.isfile(file):
             raise InputError("undecodable", f"there is no file of faces {str(file)!r}")
-        return file_sum(file)
+        if path in self.shared_faces:
+            raise InputError(
+                "undecodable",
+                f"the file of faces {str(file)!r} would also be that of {self.shared_faces[path]!r}; "
+                "give each its own, in a folder named as the input's or with the input's ending, .mp4.csv",
+            )
+        try:
+            sums = {"faces": file_sum(file)}
+        except OSError as error:
+            raise InputError(
+                "undecodable", f"the file of faces {str(file)!r}: {error.strerror or error}"
+            ) from error
+        return {**sums, "landmark_model": self.landmarks_sum} if has_boxes(file) else sums
 
-    def _sidecar(self, path: str, content: str, outcome: Outcome) -> dict[str, Any]:
+    def _sidecar(self, source: Source, sums: dict[str, str], outcome: Outcome) -> dict[str, Any]:
         model = self.labeler.recognizer.model
         return {
             "format_version": FORMAT_VERSION,
-            "input": {"path": path, "sha256": content, "bytes": os.path.getsize(path)},
+            "input": {"path": source.path, "sha256": sums["input"], "bytes": source.size},
+            "faces_sha256": sums.get("faces"),
+            "landmark_model_sha256": sums.get("landmark_model"),
             **asdict(outcome),
             "model": {
                 "name": model.name,
@@ -256,15 +278,17 @@ class _Run:
             log.write(json.dumps(line) + "\n")
 
 
-def _finished(sidecar: Path) -> Outcome | None:
-    """What an earlier run wrote, where that is final."""
+def _finished(sidecar: Path, config: LabelConfig) -> Outcome | None:
+    """What an earlier run wrote, where that is final: what is not whole may be so within other limits."""
     try:
         facts = json.loads(sidecar.read_text(encoding="utf-8"))
         outcome = Outcome(**{name: facts[name] for name in Outcome.__dataclass_fields__})
         whole = all((sidecar.parent / name).is_file() for name in facts["outputs"])
+        limits = all(facts["config"].get(name) == getattr(config, name) for name in LIMITS)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return outcome if whole and outcome.status not in AGAIN else None
+    again = outcome.status in AGAIN or (outcome.status not in FINE and not limits)
+    return outcome if whole and not again else None
 
 
 def _versions() -> dict[str, str]:

@@ -6,11 +6,13 @@ import contextlib
 import fcntl
 import importlib.util
 import json
+import math
 import os
 import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +26,7 @@ from aufast.label.config import InputError
 _DECODER = Path(__file__).with_name("decoder.py")
 _PIPE = 1 << 20  # bytes; the usual 64 KiB make both sides wait for each other many times a frame
 _KILLED = -9
+_LONGEST = 3600.0  # seconds of one sleep; the system has a limit to them
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,24 +71,27 @@ class Finding:
 class VideoReader:
     """Iterates over the frames of a video file; `finding` is complete afterwards.
 
-    The file is opened here, so that a pipe or a device is refused and any name can be used, and handed to the
-    decoder. Nothing that the decoder sends is unpickled.
+    The decoder is handed the open file, so that any name can be used and none is taken for an address.
+    Nothing that it sends is unpickled.
 
     Args:
-        path: the file.
+        file: as `open_regular` gives it; may be closed once the reader is made.
         max_pixels: a frame may have.
         memory: bytes the decoder may take.
         timeout: seconds until the decoder is ended; 0 is never.
+        stall: seconds that the reader waits for one frame before it ends the decoder; 0 is for ever.
 
     Raises:
         ImportError: PyAV is not installed.
-        InputError: the file cannot be opened, or holds no frame that can be decoded. Once frames were given,
-            what goes wrong is told by `finding`.
+        InputError: the file holds no frame that can be decoded. Once frames were given, what goes wrong is
+            told by `finding`.
     """
 
-    def __init__(self, path: str | os.PathLike, *, max_pixels: int, memory: int, timeout: float = 0.0):
+    def __init__(
+        self, file: IO[bytes], *, max_pixels: int, memory: int, timeout: float = 0.0, stall: float = 0.0
+    ):
         self.finding = Finding()
-        self.timed_out = False
+        self._expired = ""  # why the decoder was ended
         if importlib.util.find_spec("av") is None:
             raise ImportError("reading videos needs PyAV: pip install 'aufast[video]'")
         options = {
@@ -95,20 +101,20 @@ class VideoReader:
             "memory": memory,
         }
         command = [sys.executable, "-I", str(_DECODER), json.dumps(options)]
-        with open_regular(path) as file:
-            self._process = subprocess.Popen(
-                command,
-                stdin=file,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
-            )
+        self._process = subprocess.Popen(
+            command,
+            stdin=file,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+        )
         with contextlib.suppress(OSError, AttributeError):  # an optimisation that not every system has
             fcntl.fcntl(self._process.stdout, fcntl.F_SETPIPE_SZ, _PIPE)
-        self._timer = threading.Timer(timeout, self._expire) if timeout else None
-        if self._timer:
-            self._timer.daemon = True
-            self._timer.start()
+        self._timeout, self._stall = timeout, stall
+        self._started = self._asked = time.monotonic()  # `_asked` is None while nobody waits for a frame
+        self._closed = threading.Event()
+        if timeout or stall:
+            threading.Thread(target=self._watch, name="decoder's time", daemon=True).start()
 
     def __enter__(self) -> VideoReader:
         return self
@@ -123,6 +129,7 @@ class VideoReader:
             if not _fill(self._process.stdout, image):
                 header = None
                 break
+            self._asked = None
             yield Frame(count, header["time"], image)
             count += 1
         self.finding = self._ending(header, count)
@@ -131,17 +138,30 @@ class VideoReader:
 
     def close(self) -> None:
         """End the decoder, whatever it is doing."""
-        if self._timer:
-            self._timer.cancel()
+        self._closed.set()
         self._process.kill()
         self._process.stdout.close()
         self._process.wait()
 
-    def _expire(self) -> None:
-        self.timed_out = True
-        self._process.kill()
+    def _watch(self) -> None:
+        """End the decoder when its time is up, or when somebody has waited too long for a frame."""
+        rest = 0.0
+        while not self._closed.wait(min(rest, _LONGEST)):
+            asked, now = self._asked, time.monotonic()
+            rests = {
+                "the time for it was up": self._started + (self._timeout or math.inf) - now,
+                f"the decoder gave nothing for {self._stall:g} s": (asked or now)
+                + (self._stall or math.inf)
+                - now,
+            }
+            why, rest = min(rests.items(), key=lambda item: item[1])
+            if rest <= 0:
+                self._expired = why
+                self._process.kill()
+                return
 
     def _header(self) -> dict[str, Any] | None:
+        self._asked = time.monotonic()
         line = self._process.stdout.readline()
         return json.loads(line) if line.endswith(b"\n") else None
 
@@ -161,8 +181,8 @@ class VideoReader:
     def _death(self, count: int) -> tuple[str, str]:
         code = self._process.wait()
         after = f"after {count} frames"
-        if self.timed_out:
-            return "timeout", f"the time for it was up {after}"
+        if self._expired:
+            return "timeout", f"{self._expired} {after}"
         if code == _KILLED:
             return "oom", f"the decoder was killed {after}, for want of memory perhaps"
         return "partial" if count else "undecodable", f"the decoder ended with status {code} {after}"

@@ -10,7 +10,8 @@ import numpy as np
 # Okabe and Ito's colours, which people who see fewer colours tell apart; a face keeps its own.
 COLORS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (213, 94, 0), (204, 121, 167))
 PANEL = 150  # pixels of the bars' panel
-MIN_HEIGHT = 360  # of the picture, so that twelve AUs can be read
+MIN_HEIGHT = 360  # so that twelve AUs can be read
+MAX_SIDE = 4096  # of the picture: thin frames must not become huge ones, and encoders have limits too
 _SHOWN = 3  # faces with bars of their own
 _HEAT = 0.45  # opacity of full attention
 
@@ -58,8 +59,8 @@ def draw_overlay(
     from PIL import Image, ImageDraw
 
     height, width = image.shape[:2]
-    scale = max(1.0, MIN_HEIGHT / height)
-    height, width = (2 * round(scale * v / 2) for v in (height, width))
+    scale = min(max(1.0, MIN_HEIGHT / height), MAX_SIDE / max(height, width))
+    height, width = (max(2, 2 * round(scale * v / 2)) for v in (height, width))
     picture = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
     for face in faces:
         if face.attention is not None:
@@ -67,9 +68,10 @@ def draw_overlay(
     draw = ImageDraw.Draw(picture, "RGBA")
     for face in faces:
         _draw_face(draw, face, scale)
-    canvas = Image.new("RGB", (width + PANEL, height), (24, 24, 24))
+    whole = max(height, MIN_HEIGHT)
+    canvas = Image.new("RGB", (width + PANEL, whole), (24, 24, 24))
     canvas.paste(picture, (0, 0))
-    _draw_bars(ImageDraw.Draw(canvas), width, height, faces, aus, threshold, title)
+    _draw_bars(ImageDraw.Draw(canvas), width, whole, faces, aus, threshold, title)
     return np.asarray(canvas)
 
 

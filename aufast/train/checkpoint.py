@@ -24,8 +24,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from aufast.data.packed import file_sum, read_json
-from aufast.files import sync_folder, write_whole
+from aufast.data.packed import read_json
+from aufast.files import file_sum, sync_folder, write_whole
 from aufast.models import AAR, MARGL, load_model
 from aufast.models.pretrained import SUMS
 

@@ -23,6 +23,7 @@ from aufast.faces import (
     largest_face,
 )
 from aufast.faces import detector as module
+from aufast.files import file_sum
 
 pytest.importorskip("dlib", reason="dlib is not installed")
 
@@ -253,7 +254,7 @@ def test_the_package_is_found_and_not_imported(monkeypatch: pytest.MonkeyPatch) 
     path, is_named = find_landmark_model()
     assert path.name == "shape_predictor_68_face_landmarks.dat" and not is_named
     assert "face_recognition_models" not in sys.modules
-    assert module._sha256(path) == module.SHA256
+    assert file_sum(path) == module.SHA256
 
 
 def test_path_then_environment_then_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 
 from aufast.faces import Face, FaceDetector, landmarks_49
-from aufast.label import LabelConfig, label_files
+from aufast.label import InputError, LabelConfig, label_files
 from aufast.label.finding import FORGET, FaceStage, FoundFace, Identities, overlap, pieces
-from aufast.label.given import GivenFaces
+from aufast.label.given import GivenFaces, faces_file
 from aufast.label.video import Frame
 from tests.label.clips import blank, encode, face, moving
 
@@ -304,6 +304,93 @@ def test_given_faces_of_a_video_by_frame(tmp_path: Path, models: dict[str, str])
         ("1", "7"),
         ("0", "0"),
     ]
+
+
+def test_files_of_faces_by_folder_and_ending(tmp_path: Path) -> None:
+    """The nearest name is taken: folders of the input's count, and its ending does."""
+    folder = tmp_path / "faces"
+    (folder / "b").mkdir(parents=True)
+    video = "/recordings/a/b/clip.mp4"
+    assert faces_file(str(folder), video) == folder / "clip.csv", "where there is none"
+    for name in ("clip.csv", "clip.mp4.csv", "b/clip.csv", "b/clip.mp4.csv"):
+        (folder / name).write_text("")
+        assert faces_file(str(folder), video) == folder / name
+    assert faces_file(str(folder), "/recordings/a/c/clip.mkv") == folder / "clip.csv"
+
+
+def test_inputs_of_one_name_do_not_share_their_faces(tmp_path: Path, models: dict[str, str]) -> None:
+    """A file of faces belongs to one input; which, cannot be guessed."""
+    faces = tmp_path / "faces"
+    faces.mkdir()
+    for name in ("one", "two"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (faces / name).mkdir()
+        Image.fromarray(face()[len(name) - 2 :]).save(tmp_path / "in" / name / "a.png")
+    Image.fromarray(face()[1:]).save(tmp_path / "in" / "two" / "a.png")
+    write_faces(faces / "a.csv", [[1, 5, *points(49).ravel()]], 98)
+    options = LabelConfig(models["aar"], workers=1, faces=str(faces))
+    summary = label_files([str(tmp_path / "in")], tmp_path / "out", options)
+    assert dict(summary.inputs) == {"undecodable": 2}
+    assert re.search(r"one/a.png'.*a.csv' would also be that of '.*two/a.png'", summary.text())
+    for k, name in enumerate(("one", "two")):
+        write_faces(faces / name / "a.csv", [[1, 7 + k, *points(49).ravel()]], 98)
+    assert dict(label_files([str(tmp_path / "in")], tmp_path / "out", options).inputs) == {"ok": 2}
+    rows = {}
+    for sidecar in (tmp_path / "out").glob("a-*.json"):
+        facts = json.loads(sidecar.read_text())
+        (row,) = csv.DictReader(sidecar.with_suffix(".csv").open())
+        rows[Path(facts["input"]["path"]).parent.name] = row["face_id"]
+    assert rows == {"one": "7", "two": "8"}
+
+
+def test_rows_after_the_last_frame_are_told(tmp_path: Path, models: dict[str, str]) -> None:
+    video = encode(tmp_path / "v.mp4", moving(3, step=0))
+    (tmp_path / "faces").mkdir()
+    told = "the file of faces goes on to frame 9, the input ends with frame 3"
+    for last, warnings in ((3, []), (9, [told])):
+        write_faces(tmp_path / "faces" / "v.csv", [[k, 0, *points(49).ravel()] for k in (1, last)], 98)
+        out = tmp_path / str(last)
+        label_files([str(video)], out, LabelConfig(models["aar"], faces=str(tmp_path / "faces")))
+        assert json.loads(next(out.glob("v-*.json")).read_text())["warnings"] == warnings
+
+
+def test_a_file_of_faces_that_cannot_be_read_stops_nothing(
+    tmp_path: Path, models: dict[str, str], monkeypatch
+) -> None:
+    """One input's status, and the others go on."""
+    from aufast.label import run
+
+    for name in "ab":
+        Image.fromarray(face()).save(tmp_path / f"{name}.png")
+    (tmp_path / "faces").mkdir()
+    for name in "ab":
+        write_faces(tmp_path / "faces" / f"{name}.csv", [[1, 0, *points(49).ravel()]], 98)
+    read = run.file_sum
+
+    def file_sum(path: Path) -> str:
+        if Path(path).name == "a.csv":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(run, "file_sum", file_sum)
+    paths = [str(tmp_path / f"{name}.png") for name in "ab"]
+    options = LabelConfig(models["aar"], workers=1, faces=str(tmp_path / "faces"))
+    summary = label_files(paths, tmp_path / "out", options)
+    assert dict(summary.inputs) == {"undecodable": 1, "ok": 1}
+    assert re.search(r"a.png': the file of faces '.*a.csv': Permission denied", summary.text())
+
+
+def test_a_file_of_faces_that_changes_under_way(tmp_path: Path) -> None:
+    rows = [[k, 0, 1, 2, 3, 4] for k in range(1, 2000)]
+    write_faces(tmp_path / "a.csv", rows, 4)
+    given = GivenFaces(tmp_path / "a.csv")
+    assert given.last == 1999 and given.of(0)
+    with (tmp_path / "a.csv").open("r+") as file:
+        file.seek(20_000)
+        file.write("x" * 200)
+    with pytest.raises(InputError, match=r"a\.csv, line \d+: ") as caught:
+        given.of(1998)
+    assert caught.value.status == "partial"
 
 
 def test_inputs_without_a_file_of_faces_are_named(tmp_path: Path, models: dict[str, str]) -> None:

@@ -141,12 +141,21 @@ def test_the_keyboard_goes_from_frame_to_frame(browser) -> None:
 
 @pytest.mark.slow
 def test_a_narrow_window_needs_no_sideways_scrolling(browser) -> None:
+    from selenium.webdriver.common.keys import Keys
+
     browser.set_window_size(500, 900)
     browser.set_script_timeout(10)
     browser.execute_async_script("setTimeout(arguments[0], 500)")
     width, inside = run(browser, "return [document.documentElement.scrollWidth, window.innerWidth]")
     chart = run(browser, "return chart.getBoundingClientRect().width")
     assert width <= inside and chart <= inside
+    browser.find_element("tag name", "body").send_keys(Keys.END, Keys.ARROW_LEFT)
+    seen = """
+        const strip = document.getElementById("strip");
+        const [a, b] = [strip, strip.querySelector("[aria-current]")].map((n) => n.getBoundingClientRect());
+        return a.left <= b.left && b.right <= a.right;
+    """
+    assert run(browser, seen), "the chosen frame is in the strip's window"
     save = os.environ.get("AUFAST_SCREENSHOTS")
     if save:
         browser.save_screenshot(str(Path(save) / "report-narrow.png"))
@@ -177,6 +186,17 @@ def test_the_page_holds_the_tables_numbers(page: Path) -> None:
                 else:
                     assert p is None, "no line where there is no face"
     assert "two &lt;b&gt;faces &amp; more" in page.read_text()[:2000]
+
+
+@pytest.mark.slow
+def test_pages_of_thin_frames_stay_small(tmp_path: Path) -> None:
+    """10 pixels high and 30,000 wide: neither the page nor what it shows blows up."""
+    sink = ReportPage(tmp_path / "a.html", AUS, LabelConfig("unused", report=True), "thin", [])
+    for k in range(2):
+        sink.add(Seen(k, k / 30, blank(10, 30_000), []))
+    sink.close()
+    frames = content(tmp_path / "a.html")["frames"]
+    assert len(frames) == 2 and all(len(f["picture"]) + len(f["thumb"]) < 200_000 for f in frames)
 
 
 def test_long_videos_make_pages_of_one_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

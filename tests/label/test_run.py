@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +27,7 @@ from PIL import Image
 from aufast.cli import main
 from aufast.faces import FaceDetector, align_face, au_centers, crop_face
 from aufast.label import FORMATS, LabelConfig, Labeler, label_files
-from aufast.label.files import OutputError, in_shard
+from aufast.label.files import OutputError, Source, in_shard
 from aufast.label.finding import Seen
 from aufast.models import AAR, load_model, to_input
 from tests.label.clips import blank, encode, face, moving
@@ -331,9 +332,129 @@ def test_33_a_file_that_grows_while_it_is_read(tmp_path: Path, models: dict[str,
         def close(self) -> None:
             pass
 
-    outcome = Labeler(config(models["aar"])).label(path, lambda _: [Growing()])
+    with Source(path) as source:
+        outcome = Labeler(config(models["aar"])).label(source, lambda _: [Growing()])
     assert (outcome.status, outcome.sentence) == ("partial", "the file was changed while it was read")
     assert outcome.frames["decoded"] == 6
+
+
+def test_an_input_that_goes_away_or_is_replaced(tmp_path: Path, models: dict[str, str], monkeypatch) -> None:
+    """What was hashed is what is labelled: the file is opened once, whatever becomes of its name."""
+    for name in ("a.png", "b.png", "plain.png"):
+        Image.fromarray(face()).save(tmp_path / name)
+    encode(tmp_path / "v.mp4", moving(4))
+    encode(tmp_path / "w.mp4", moving(4))
+    read = Source.sum
+
+    def sum(source: Source) -> str:
+        found = read(source)
+        name = Path(source.path).name
+        if name in ("a.png", "v.mp4"):
+            Path(source.path).unlink()
+        elif name in ("b.png", "w.mp4"):
+            (tmp_path / "new").write_bytes(b"something else")
+            (tmp_path / "new").replace(source.path)
+        return found
+
+    monkeypatch.setattr(Source, "sum", sum)
+    summary = label_files([str(tmp_path)], tmp_path / "out", config(models["aar"]))
+    assert dict(summary.inputs) == {"ok": 5}
+    found = tables(tmp_path / "out")
+    assert found["a"] == found["b"] == found["plain"] and found["v"] == found["w"]
+    for sidecar in (tmp_path / "out").glob("[ab]-*.json"):
+        size = (tmp_path / "plain.png").stat().st_size
+        assert json.loads(sidecar.read_text())["input"]["bytes"] == size
+
+
+def test_an_input_that_is_gone_before_its_turn(tmp_path: Path, models: dict[str, str], monkeypatch) -> None:
+    from aufast.label import run
+
+    inputs, find = folder_of_inputs(tmp_path), run.find_inputs
+
+    def find_inputs(paths, out):
+        found = find(paths, out)
+        (inputs / "face.png").unlink()
+        return found
+
+    monkeypatch.setattr(run, "find_inputs", find_inputs)
+    summary = label_files([str(inputs)], tmp_path / "out", config(models["aar"]))
+    assert dict(summary.inputs) == {"ok": 1, "undecodable": 1, "no_face": 1}
+    assert "face.png': there is no such file" in summary.text()
+
+
+def test_limits_that_ended_an_input_are_not_final(tmp_path: Path, models: dict[str, str]) -> None:
+    """Within other limits it is tried again; what is whole is kept within any."""
+    Image.fromarray(blank()).save(tmp_path / "a.png")
+    paths, out = [str(tmp_path / "a.png")], tmp_path / "out"
+    small, large = (config(models["aar"], max_pixels=n) for n in (100, 10**6))
+    assert dict(label_files(paths, out, small).inputs) == {"too_large": 1}
+    assert label_files(paths, out, small).kept == 1, "the same limits give the same"
+    again = label_files(paths, out, large)
+    assert dict(again.inputs) == {"no_face": 1} and again.kept == 0
+    assert label_files(paths, out, small).kept == 1
+    assert len(list(out.glob("a-*.json"))) == 1
+
+
+def test_another_landmark_model_makes_other_files(tmp_path: Path, models: dict[str, str]) -> None:
+    """Unless landmarks are given, which need none."""
+    import hashlib
+
+    from aufast.faces import find_landmark_model
+    from tests.label.test_faces import points, write_faces
+
+    original, other = find_landmark_model()[0], tmp_path / "other.dat"
+    other.write_bytes(original.read_bytes() + b"one byte more")
+    Image.fromarray(face()).save(tmp_path / "a.png")
+    paths, out = [str(tmp_path / "a.png")], tmp_path / "out"
+    assert label_files(paths, out, config(models["aar"])).kept == 0
+    assert label_files(paths, out, config(models["aar"], landmarks=str(original))).kept == 1
+    assert label_files(paths, out, config(models["aar"], landmarks=str(other))).kept == 0
+    sums = {json.loads(p.read_text())["landmark_model_sha256"] for p in out.glob("a-*.json")}
+    assert sums == {hashlib.sha256(p.read_bytes()).hexdigest() for p in (original, other)}
+    (tmp_path / "faces").mkdir()
+    for values, kept in ((points(49).ravel(), 1), ((100, 60, 180, 140), 0)):
+        write_faces(tmp_path / "faces" / "a.csv", [[1, 0, *values]], len(values))
+        options = {"faces": str(tmp_path / "faces")}
+        assert label_files(paths, out, config(models["aar"], **options)).kept == 0
+        assert label_files(paths, out, config(models["aar"], landmarks=str(other), **options)).kept == kept
+
+
+def test_an_input_whose_decoder_hangs_does_not_stop_the_run(
+    tmp_path: Path, models: dict[str, str], monkeypatch
+) -> None:
+    from aufast.label import video
+
+    (tmp_path / "hangs.py").write_text("import time\ntime.sleep(3600)\n")
+    monkeypatch.setattr(video, "_DECODER", tmp_path / "hangs.py")
+    inputs, out = folder_of_inputs(tmp_path), tmp_path / "out"
+    summary = label_files([str(inputs)], out, config(models["aar"], stall=0.5))
+    assert dict(summary.inputs) == {"ok": 1, "timeout": 1, "no_face": 1}
+    assert "clip.mp4': the decoder gave nothing for 0.5 s after 0 frames" in summary.text()
+    monkeypatch.undo()
+    again = label_files([str(inputs)], out, config(models["aar"]))
+    assert dict(again.inputs) == {"ok": 2, "no_face": 1} and again.kept == 2
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_overlay_videos_keep_time_stamps_with_every_encoder(codec: str, tmp_path: Path, monkeypatch) -> None:
+    """PyAV's own build has no libx264 where its licence is not wanted."""
+    import av
+
+    from aufast.label import pictures
+
+    monkeypatch.setattr(pictures, "_CODECS", (codec,))
+    times = [0.0, 1 / 30, 0.25, 0.3, 1.3, 61.0]
+    sink = pictures.OverlayVideo(tmp_path / "o.mp4", (1, 12), LabelConfig("unused", overlay=True))
+    for k, (when, image) in enumerate(zip(times, moving(6), strict=True)):
+        sink.add(Seen(k, when, image))
+    sink.close()
+    with av.open(str(tmp_path / "o.mp4")) as container:
+        frames = list(container.decode(video=0))
+    assert [float(f.pts * f.time_base) for f in frames] == pytest.approx(times, abs=1e-4)
+    for found, image in zip(frames, moving(6), strict=True):
+        picture = found.to_ndarray(format="rgb24")[:, :480]  # 240 x 320, drawn at 360 x 480
+        expected = np.asarray(Image.fromarray(image).resize((480, 360), Image.Resampling.BILINEAR))
+        assert np.abs(picture.astype(int) - expected).mean() < 8
 
 
 @pytest.mark.slow
@@ -397,30 +518,84 @@ def test_numbers_that_are_not_finite_are_no_labels(
 
     monkeypatch.setattr(AAR, "forward", broken)
     video = encode(tmp_path / "v.mp4", moving(3))
-    label_files([str(video)], tmp_path / "out", config(models["aar"]))
+    faces = given_faces(tmp_path, "v", range(1, 4))
+    summary = label_files([str(video)], tmp_path / "out", config(models["aar"], faces=faces))
     (sidecar,) = (tmp_path / "out").glob("v-*.json")
-    assert json.loads(sidecar.read_text())["warnings"] == [
-        "2 faces are not labelled: the model gives numbers that are not finite"
-    ]
-    rows = list(csv.DictReader(sidecar.with_suffix(".csv").open()))
-    assert [row["success"] for row in rows] == ["1", "0", "0"]
+    facts = json.loads(sidecar.read_text())
+    # Of three frames the first; of the two that begin anew the first; of the last the first, which is all.
+    assert [row["success"] for row in csv.DictReader(sidecar.with_suffix(".csv").open())] == ["1", "0", "1"]
+    assert dict(summary.inputs) == {"partial": 1}
+    assert facts["sentence"] == "the model gives numbers that are not finite for 1 faces"
+    assert facts["warnings"] == ["1 faces are not labelled: the model gives numbers that are not finite"]
     assert "nan" not in sidecar.with_suffix(".csv").read_text()
+
+
+@pytest.mark.parametrize("batch", [1, 3, 16])
+def test_a_frame_that_is_not_finite_spoils_no_other(
+    batch: int, tmp_path: Path, models: dict[str, str], monkeypatch
+) -> None:
+    """The state after it is lost; the frames after it are those of a clip that begins there."""
+    from tests.label.test_faces import points
+
+    forward = AAR.forward
+    darker = [(face() * (1 - k / 20)).astype(np.uint8) for k in range(8)]
+    video = encode(tmp_path / "v.mkv", darker, "ffv1", "bgr0")
+
+    def poisoned(self, clips, state=None):
+        found = forward(self, clips, state)
+        for t in ((clips[0] - marked).abs().amax(dim=(1, 2, 3)) < 1e-3).nonzero()[
+            :1
+        ]:  # if it is in this call
+            found.probabilities[:, t:] = float("nan")
+            for part in found.state:
+                part.fill_(float("nan"))
+        return found
+
+    faces = given_faces(tmp_path, "v", range(1, 9), step=0)
+    options = config(models["aar"], batch=batch, faces=faces)
+    crops = [align_face(f, points(49)) for f in darker]
+    model = load_model(models["aar"])
+    size = model.config.image_size
+    pixels = to_input(np.stack([crop_face(crop, size).image for crop in crops]), model.config)  # (T, 3, S, S)
+    marked = pixels[3]
+    with torch.inference_mode():
+        expected = [model(part[None]).probabilities[0].numpy() for part in (pixels[:3], pixels[4:])]
+    monkeypatch.setattr(AAR, "forward", poisoned)
+    assert dict(label_files([str(video)], tmp_path / "out", options).inputs) == {"partial": 1}
+    rows = list(csv.DictReader(next((tmp_path / "out").glob("v-*.csv")).open()))
+    assert [row["success"] for row in rows] == ["1"] * 3 + ["0"] + ["1"] * 4
+    found = np.array([[float(row[f"AU{au:02d}_p"]) for au in model.config.aus] for row in rows])
+    np.testing.assert_allclose(np.delete(found, 3, axis=0), np.concatenate(expected), atol=2e-6)
+    assert not found[3].any()
+
+
+@pytest.mark.slow
+def test_streams_do_not_depend_on_the_batch_when_ids_pause(tmp_path: Path, models: dict[str, str]) -> None:
+    """A face that was gone for longer than ids are kept begins anew, in one batch as in many."""
+    video = encode(tmp_path / "v.mkv", moving(60, step=0), "ffv1", "bgr0")
+    faces = given_faces(tmp_path, "v", (1, 2, 3, 40, 41, 60), step=0)
+    found = {}
+    for batch in (1, 2, 16, 64):
+        label_files([str(video)], tmp_path / str(batch), config(models["aar"], batch=batch, faces=faces))
+        (found[batch],) = tables(tmp_path / str(batch)).values()
+    assert len(set(found.values())) == 1
+    rows = list(csv.DictReader(found[1].decode().splitlines()))
+    assert rows[0]["AU01_p"] == rows[39]["AU01_p"] != rows[40]["AU01_p"], "frame 40 is a first one again"
+    assert rows[59]["AU01_p"] != rows[0]["AU01_p"], "a pause of 19 frames is none"
 
 
 @pytest.mark.slow
 def test_a_mistake_in_one_input_does_not_stop_the_others(
     tmp_path: Path, models: dict[str, str], monkeypatch, capsys
 ) -> None:
-    from aufast.label import labeler
+    inputs, load = folder_of_inputs(tmp_path), Source.image
 
-    inputs, load = folder_of_inputs(tmp_path), labeler.load_image
-
-    def load_image(path, limit):
-        if "face.png" in str(path):
+    def image(source, limit):
+        if "face.png" in source.path:
             raise KeyError("a mistake of this program")
-        return load(path, limit)
+        return load(source, limit)
 
-    monkeypatch.setattr(labeler, "load_image", load_image)
+    monkeypatch.setattr(Source, "image", image)
     summary = label_files([str(inputs)], tmp_path / "out", config(models["aar"]))
     assert dict(summary.inputs) == {"ok": 1, "undecodable": 1, "no_face": 1}
     assert "unexpected KeyError" in summary.text() and "Traceback" in capsys.readouterr().err
@@ -450,12 +625,12 @@ def test_every_variant_labels_and_draws(name: str, tmp_path: Path) -> None:
     assert len(list((tmp_path / "out").glob("*.overlay.mp4"))) == 1
 
 
-def given_faces(tmp_path: Path, stem: str, frames: range) -> str:
+def given_faces(tmp_path: Path, stem: str, frames: Iterable[int], step: int = 1) -> str:
     """A folder with the face's landmarks in each of these frames of a clip, so that no detector is needed."""
     from tests.label.test_faces import points, write_faces
 
     (tmp_path / "faces").mkdir()
-    rows = [[k, 0, *(points(49) + [k - 1, 0]).ravel()] for k in frames]
+    rows = [[k, 0, *(points(49) + [step * (k - 1), 0]).ravel()] for k in frames]
     write_faces(tmp_path / "faces" / f"{stem}.csv", rows, 98)
     return str(tmp_path / "faces")
 

@@ -6,20 +6,28 @@ import os
 import signal
 import sys
 import threading
+import time
+from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from aufast.label import InputError
-from aufast.label.video import Finding, VideoReader
+from aufast.label import InputError, decoder
+from aufast.label.video import Finding, VideoReader, open_regular
 from tests.label.clips import RATE, blank, cut, encode, face, moving, turn_mp4
 
 LIMITS = {"max_pixels": 10**7, "memory": 4 << 30}
 
 
+def opened(path: Path, **limits) -> VideoReader:
+    with open_regular(path) as file:
+        return VideoReader(file, **{**LIMITS, **limits})
+
+
 def read(path: Path, **limits) -> tuple[list, Finding]:
-    with VideoReader(path, **{**LIMITS, **limits}) as reader:
+    with opened(path, **limits) as reader:
         return list(reader), reader.finding
 
 
@@ -80,7 +88,7 @@ def test_high_definition_colors(tmp_path: Path) -> None:
 
 def test_a_reader_that_is_left_early_ends_its_process(tmp_path: Path) -> None:
     path = encode(tmp_path / "a.mp4", moving(60))
-    with VideoReader(path, **LIMITS) as reader:
+    with opened(path) as reader:
         next(iter(reader))
         process = reader._process
     assert process.poll() is not None
@@ -93,7 +101,7 @@ def test_a_decoder_that_dies_is_told(tmp_path: Path) -> None:
         (signal.SIGKILL, "oom", "killed after"),
         (signal.SIGSEGV, "partial", "ended with status -11 after"),
     ):
-        with VideoReader(path, **LIMITS) as reader:
+        with opened(path) as reader:
             frames = iter(reader)
             next(frames)
             os.kill(reader._process.pid, sign)
@@ -112,13 +120,95 @@ def test_time_is_limited(tmp_path: Path) -> None:
     path = encode(tmp_path / "a.mkv", [blank(480, 640)] * 50, "ffv1", "bgr0")
     before = error(path, timeout=0.001)
     assert before.status == "timeout" and str(before) == "the time for it was up after 0 frames"
-    with VideoReader(path, **LIMITS, timeout=3600) as reader:
+    with opened(path, timeout=2.0) as reader:
         frames = iter(reader)
         next(frames)
-        reader._timer.function()  # as if the hour were over, while the decoder waits for its reader
+        reader._process.wait(60)  # which waits for its reader until its time is up
         rest = len(list(frames))
     assert rest < 49 and reader.finding.status == "timeout"
     assert reader.finding.sentence == f"the time for it was up after {1 + rest} frames"
+
+
+def test_a_decoder_that_hangs_is_ended(tmp_path: Path) -> None:
+    """A stopped process stands for it; one that waits for its reader does not hang."""
+    path = encode(tmp_path / "a.mkv", [blank(480, 640)] * 50, "ffv1", "bgr0")
+    with opened(path, stall=1.0) as reader:
+        frames = iter(reader)
+        next(frames)
+        time.sleep(1.5)  # the reader's own time
+        next(frames)
+        os.kill(reader._process.pid, signal.SIGSTOP)
+        count = 2 + sum(1 for _ in frames)
+    assert count < 50 and reader.finding.status == "timeout"
+    assert reader.finding.sentence == f"the decoder gave nothing for 1 s after {count} frames"
+
+
+@pytest.mark.parametrize(("codec", "bframes"), [("libx264", "2"), ("mpeg4", "2"), ("libx264", "0")])
+def test_avi_frames_have_rising_time_stamps(tmp_path: Path, codec: str, bframes: str) -> None:
+    """AVI stores no presentation times, and frames that others are predicted from lie before them."""
+    frames = moving(12, step=4)
+    found, finding = read(encode(tmp_path / "a.avi", frames, codec, options={"bf": bframes, "qp": "4"}))
+    assert np.diff([f.time for f in found]) == pytest.approx([1 / RATE] * 11, abs=1e-6)
+    assert finding.status == "ok" and not finding.warnings
+    for frame, expected in zip(found, frames, strict=True):
+        assert np.abs(frame.image.astype(int) - expected).mean() < 8, "and they belong to their pictures"
+
+
+def test_26_negative_time_stamps_stay_negative() -> None:
+    """FFmpeg writes none, so the frame is made by hand."""
+    frame = SimpleNamespace(pts=-5, time_base=Fraction(1, 30))
+    assert decoder._Counts(stored=True).time(frame, None) == -5 / 30
+
+
+def test_avi_times_go_on_after_a_packet_that_fails(tmp_path: Path) -> None:
+    path = encode(tmp_path / "a.avi", moving(12), "mjpeg", "yuvj420p")
+    content = bytearray(path.read_bytes())
+    place = -1
+    for _ in range(5):
+        place = content.index(b"\xff\xd8\xff", place + 1)
+    content[place : place + 400] = bytes(400)  # the fifth picture's header
+    path.write_bytes(content)
+    found, finding = read(path)
+    assert finding.status == "partial" and (finding.decoded, finding.failed) == (11, 1)
+    assert [round(f.time * RATE) for f in found] == [0, 1, 2, 3, *range(5, 12)]
+
+
+def test_a_codec_that_nobody_knows(tmp_path: Path) -> None:
+    path = encode(tmp_path / "a.avi", moving(3), "mpeg4")
+    path.write_bytes(path.read_bytes().replace(b"FMP4", b"ZZZZ"))
+    assert error(path).status == "undecodable"
+    assert str(error(path)) == "there is no decoder for its video"
+
+
+def test_every_error_of_ffmpeg_is_a_frame_that_failed() -> None:
+    """Some are neither OSError nor ValueError, and all end a packet and not the decoder."""
+    import av
+    from av import error as errors
+
+    kinds = {kind for kind in vars(errors).values() if isinstance(kind, type)}
+    kinds = {kind for kind in kinds if issubclass(kind, av.FFmpegError) and kind is not errors.MemoryError}
+    assert len(kinds) > 20 and any(not issubclass(k, (OSError, ValueError)) for k in kinds)
+    for kind in kinds:
+
+        def decode(_, kind=kind):
+            raise kind(1, "broken")
+
+        counts = decoder._Counts(stored=True)
+        assert list(decoder._pictures(SimpleNamespace(decode=decode), None, counts)) == []
+        assert counts.failed == 1, kind
+
+    def empty(_):
+        raise errors.MemoryError(12, "Cannot allocate memory")
+
+    with pytest.raises(MemoryError):
+        list(decoder._pictures(SimpleNamespace(decode=empty), None, decoder._Counts(stored=True)))
+
+
+def test_a_removed_file_is_read_to_its_end(tmp_path: Path) -> None:
+    path = encode(tmp_path / "a.mp4", moving(20))
+    with opened(path) as reader:
+        path.unlink()
+        assert len(list(reader)) == 20 and reader.finding.status == "ok"
 
 
 def test_large_frames_are_refused_before_decoding(tmp_path: Path) -> None:
@@ -154,7 +244,7 @@ def test_without_pyav(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = encode(tmp_path / "a.mp4", moving(2))
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ImportError, match=r"needs PyAV: pip install 'aufast\[video\]'"):
-        VideoReader(path, **LIMITS)
+        opened(path)
 
 
 def test_two_readers_at_once(tmp_path: Path) -> None:

@@ -103,6 +103,15 @@ def test_small_frames_are_drawn_larger_and_sides_are_even() -> None:
         assert picture.shape[0] >= 360 and picture.shape[0] % 2 == picture.shape[1] % 2 == 0
 
 
+@pytest.mark.parametrize("shape", [(10, 30_000), (30_000, 10), (1, 9_000), (5_000, 7_000)])
+def test_overlays_of_thin_and_huge_frames_stay_small(shape: tuple[int, int]) -> None:
+    """A strip of 10 pixels is not to be enlarged to 360: it would be a million wide."""
+    picture = plot.draw_overlay(np.full((*shape, 3), 200, np.uint8), [], (1, 2))
+    assert max(picture.shape) <= 4096 + PANEL and picture.shape[0] >= 360
+    assert picture.shape[0] % 2 == picture.shape[1] % 2 == 0
+    assert (picture[0, 0] == 200).all(), "the frame is there"
+
+
 def test_bars_are_as_long_as_probabilities_and_dim_below_the_threshold() -> None:
     face = plot.FaceView(1, (0, 0, 0, 0), probabilities=np.array([0.25, 1.0]))
     panel = plot.draw_overlay(IMAGE, [face], (1, 2))[:, -PANEL:].astype(int)
