@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from functools import partial
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,9 @@ from aufast.models.checkpointing import recomputed
 from aufast.models.config import Checker
 from aufast.models.layers import ACTIVATIONS, NodeLinear, Stacked, check_pictures, exportable, full_precision
 from aufast.models.pretrained import Pretrained
+from aufast.models.single import OneConv, apart
 from aufast.models.streaming import AARStream
 from aufast.nn import GraphConv, GraphGRU, RegionLayer
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def seen_by_taps(height: int, width: int, like: Tensor) -> Tensor:
     return both.flatten(2).flatten(0, 1).to(like.dtype)
 
 
-def pooled_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
+def pooled_conv(x: Tensor, conv: nn.Conv2d | OneConv) -> Tensor:
     """Global average of a zero-padded 3×3 convolution, without the convolution.
 
     The mean over all output pixels is linear in the input: each tap of the filter sees the sum of the pixels
@@ -164,11 +164,18 @@ class AUBranches(Stacked):
     """One branch of five convolutions per AU, each with its attention map.
 
     The m branches are groups of one convolution: output channels `j·12c … (j+1)·12c - 1` are those of AU j.
-    All read the same input, so the first convolution is one wide one.
+    All read the same input, so the first convolution is one wide one. A CPU runs the branches one after the
+    other: one AU's maps fit its caches, those of all AUs together go to memory for every normalisation,
+    activation and gradient.
 
     Args:
         config: of the model.
     """
+
+    LAYERS = (
+        *(f"{kind}{k}" for k in range(1, 6) for kind in ("conv", "bn")),
+        "attention",
+    )
 
     def __init__(self, config: AARConfig, factory: dict):
         super().__init__()
@@ -202,42 +209,42 @@ class AUBranches(Stacked):
         Returns:
             (N, m, 12c), and the attention maps (N, m, h, w) or None.
         """
-        # Grouped convolutions and their gradients are up to twice as fast with the channels innermost.
+        # Convolutions and their gradients are up to twice as fast with the channels innermost.
         x = x.contiguous(memory_format=torch.channels_last)
-        x = self._part(self._first, x)  # (N, m·12c, h, w)
-        x = self._part(self._second, x)
-        x = self._part(self._third, x)
-        features, attention = self._part(self._last, x)  # (N, m·12c)
-        return features.unflatten(1, (self.networks, -1)), attention
+        compiling = torch.compiler.is_compiling()  # whose programs would be m times as long
+        if compiling or not (x.device.type == "cpu" or self.checkpointing):
+            features, attention = self._run(self, x)
+            return features.unflatten(1, (self.networks, -1)), attention
+        features, maps = [], []
+        for branch in apart(self, self.LAYERS, self.networks):
+            run = partial(self._run, branch)
+            found, attention = recomputed(self, run, x) if self.checkpointing else run(x)
+            features.append(found)  # (N, 12c)
+            maps.append(attention)  # (N, 1, h, w)
+        return torch.stack(features, dim=1), None if maps[0] is None else torch.cat(maps, dim=1)
 
-    def _part(self, function: Callable[..., Result], x: Tensor) -> Result:
-        return recomputed(self, function, x) if self.checkpointing else function(x)
-
-    def _first(self, x: Tensor) -> Tensor:
-        return self.activation(self.bn1(self.conv1(x)))
-
-    def _second(self, x: Tensor) -> Tensor:
-        return self.activation(self.bn2(self.conv2(x)))
-
-    def _third(self, x: Tensor) -> Tensor:
-        return self.activation(self.bn3(self.conv3(x)))
-
-    def _last(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        attention = None if self.attention is None else self.attention(x).sigmoid()  # (N, m, h, w)
-        x = self.conv4(x)
+    def _run(self, of: AUBranches | SimpleNamespace, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Run the n branches whose layers `of` holds: features (N, n·12c) and maps (N, n, h, w) or None."""
+        x = self.activation(of.bn1(of.conv1(x)))  # (N, n·12c, h, w)
+        x = self.activation(of.bn2(of.conv2(x)))
+        x = self.activation(of.bn3(of.conv3(x)))
+        attention = None if of.attention is None else of.attention(x).sigmoid()  # (N, n, h, w)
+        x = of.conv4(x)
         if self.multiply_first:
-            x = self.activation(self.bn4(self._attend(x, attention)))
+            x = self.activation(of.bn4(attend(x, attention)))
         else:
-            x = self._attend(self.activation(self.bn4(x)), attention)
-        if self.bn5 is None:
-            return pooled_conv(x, self.conv5), attention
-        return self.activation(self.bn5(self.conv5(x))).mean((2, 3)), attention
+            x = attend(self.activation(of.bn4(x)), attention)
+        if of.bn5 is not None:
+            return self.activation(of.bn5(of.conv5(x))).mean((2, 3)), attention
+        return pooled_conv(x, of.conv5), attention
 
-    def _attend(self, x: Tensor, attention: Tensor | None) -> Tensor:
-        if attention is None:
-            return x
-        maps = x.unflatten(1, (self.networks, -1)) * attention.unsqueeze(2)  # (N, m, 12c, h, w)
-        return maps.flatten(1, 2)
+
+def attend(x: Tensor, attention: Tensor | None) -> Tensor:
+    """Multiply every network's maps (N, n·C, h, w) by its attention map of (N, n, h, w)."""
+    if attention is None:
+        return x
+    maps = x.unflatten(1, (attention.shape[1], -1)) * attention.unsqueeze(2)  # (N, n, C, h, w)
+    return maps.flatten(1, 2)
 
 
 class FrameNetwork(nn.Module):
