@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,15 @@ from torch.nn import functional as F
 from aufast.aus import AU_SETS
 from aufast.models.checkpointing import recomputed
 from aufast.models.config import Checker
-from aufast.models.layers import ACTIVATIONS, NodeLinear, Stacked, check_pictures, exportable, full_precision
+from aufast.models.layers import (
+    ACTIVATIONS,
+    NodeLinear,
+    Stacked,
+    check_pictures,
+    exportable,
+    full_precision,
+    overwriting,
+)
 from aufast.models.pretrained import Pretrained
 from aufast.models.single import OneConv, apart
 from aufast.models.streaming import AARStream
@@ -113,30 +121,41 @@ class AAROutput(NamedTuple):
     """(B, T, m)."""
 
 
-def seen_by_taps(height: int, width: int, like: Tensor) -> Tensor:
-    """Which pixels each tap of a zero-padded 3×3 convolution meets.
+class TapSums(torch.autograd.Function):
+    """For each tap of a zero-padded 3×3 convolution the sum of the pixels that it meets.
 
     A tap of the filter's first row never meets the map's last row, one of its last row not the first; columns
-    alike.
-
-    Args:
-        height: h.
-        width: w.
-        like: whose dtype and device are taken.
-
-    Returns:
-        (9, h·w) of zeros and ones.
+    alike. The gradient is one number a channel everywhere but at the border: one pass over the map.
     """
-    taps = torch.arange(3, device=like.device)[:, None]
 
-    def line(length: int) -> Tensor:
-        place = (
-            torch.arange(length, device=like.device) + 1 - taps
-        )  # (3, length): where the tap's result goes
-        return (place >= 0) & (place < length)
+    generate_vmap_rule = True
 
-    both = line(height)[:, None, :, None] & line(width)[None, :, None, :]  # (3, 3, h, w)
-    return both.flatten(2).flatten(0, 1).to(like.dtype)
+    @staticmethod
+    def forward(pixels: Tensor) -> Tensor:
+        """Map (N, h, w, C) to (N, 3, 3, C)."""
+
+        def met(x: Tensor, axis: int) -> Tensor:
+            total = x.sum(axis)
+            return torch.stack([total - x.select(axis, -1), total, total - x.select(axis, 0)], axis)
+
+        return met(met(pixels, 1), 2)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.sizes = inputs[0].shape[1:3]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """Give every pixel the gradients of the taps that meet it: (N, 3, 3, C) to (N, h, w, C)."""
+
+        def spread(g: Tensor, axis: int) -> Tensor:
+            shape = [*g.shape[:axis], ctx.sizes[axis - 1], *g.shape[axis + 1 :]]
+            out = g.sum(axis, keepdim=True).expand(shape).clone(memory_format=torch.contiguous_format)
+            out.select(axis, -1).sub_(g.select(axis, 0))
+            out.select(axis, 0).sub_(g.select(axis, 2))
+            return out
+
+        return spread(spread(grad, 2), 1)
 
 
 def pooled_conv(x: Tensor, conv: nn.Conv2d | OneConv) -> Tensor:
@@ -152,11 +171,8 @@ def pooled_conv(x: Tensor, conv: nn.Conv2d | OneConv) -> Tensor:
     Returns:
         (N, C_out), equal to `conv(x).mean((2, 3))`.
     """
-    pixels = full_precision(x).permute(0, 2, 3, 1).flatten(1, 2)  # (N, H·W, C_in)
-    seen = seen_by_taps(*x.shape[2:], pixels) / pixels.shape[1]  # (9, H·W)
-    with torch.autocast(x.device.type, enabled=False):
-        means = (seen @ pixels).mT.unflatten(2, (3, 3))  # (N, C_in, 3, 3)
-    means = means.to(conv.weight.dtype)
+    sums = TapSums.apply(full_precision(x).permute(0, 2, 3, 1))  # (N, 3, 3, C_in)
+    means = (sums / (x.shape[2] * x.shape[3])).permute(0, 3, 1, 2).to(conv.weight.dtype)
     return F.conv2d(means, conv.weight, conv.bias, groups=conv.groups).flatten(1)  # (N, C_out)
 
 
@@ -225,17 +241,18 @@ class AUBranches(Stacked):
 
     def _run(self, of: AUBranches | SimpleNamespace, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Run the n branches whose layers `of` holds: features (N, n·12c) and maps (N, n, h, w) or None."""
-        x = self.activation(of.bn1(of.conv1(x)))  # (N, n·12c, h, w)
-        x = self.activation(of.bn2(of.conv2(x)))
-        x = self.activation(of.bn3(of.conv3(x)))
+        activation = overwriting(self.activation)
+        x = activation(of.bn1(of.conv1(x)))  # (N, n·12c, h, w)
+        x = activation(of.bn2(of.conv2(x)))
+        x = activation(of.bn3(of.conv3(x)))
         attention = None if of.attention is None else of.attention(x).sigmoid()  # (N, n, h, w)
         x = of.conv4(x)
         if self.multiply_first:
-            x = self.activation(of.bn4(attend(x, attention)))
+            x = activation(of.bn4(attend(x, attention)))
         else:
-            x = attend(self.activation(of.bn4(x)), attention)
+            x = attend(activation(of.bn4(x)), attention)
         if of.bn5 is not None:
-            return self.activation(of.bn5(of.conv5(x))).mean((2, 3)), attention
+            return activation(of.bn5(of.conv5(x))).mean((2, 3)), attention
         return pooled_conv(x, of.conv5), attention
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from aufast import ops
-from aufast.models.aar import AAR, FrameNetwork, seen_by_taps
+from aufast.models.aar import AAR, FrameNetwork
 from aufast.models.layers import ACTIVATIONS, full_precision
 from aufast.models.margl import MARGL, RegionalNetworks
 from aufast.models.plain import Branch, Branches
@@ -290,6 +290,32 @@ class FusedBranch(nn.Module):
         return x if self.conv5 is None else self.activation(self.conv5(x)), attention
 
 
+def seen_by_taps(height: int, width: int, like: Tensor) -> Tensor:
+    """Which pixels each tap of a zero-padded 3×3 convolution meets.
+
+    A tap of the filter's first row never meets the map's last row, one of its last row not the first; columns
+    alike.
+
+    Args:
+        height: h.
+        width: w.
+        like: whose dtype and device are taken.
+
+    Returns:
+        (9, h·w) of zeros and ones.
+    """
+    taps = torch.arange(3, device=like.device)[:, None]
+
+    def line(length: int) -> Tensor:
+        place = (
+            torch.arange(length, device=like.device) + 1 - taps
+        )  # (3, length): where the tap's result goes
+        return (place >= 0) & (place < length)
+
+    both = line(height)[:, None, :, None] & line(width)[None, :, None, :]  # (3, 3, h, w)
+    return both.flatten(2).flatten(0, 1).to(like.dtype)
+
+
 class FusedBranches(nn.Module):
     """The branches of all AUs, one after the other, so that each one's maps stay in the cache."""
 
@@ -356,7 +382,10 @@ class FusedRegions(nn.Module):
 
     def forward(self, crops: Tensor) -> Tensor:
         """Map crops (B, R, in_channels, h, w) to features (B, R, C), in at least float32."""
-        x = self.activation(self.conv1(crops.flatten(1, 2)))  # (B, R·C, h, w)
+        x = (
+            crops.permute(0, 3, 4, 1, 2).flatten(3).permute(0, 3, 1, 2)
+        )  # (B, R·in_channels, h, w), channels_last
+        x = self.activation(self.conv1(x))  # (B, R·C, h, w)
         x = full_precision(self.activation(self.conv2(x)))
         return x.mean((2, 3)).unflatten(1, (self.networks, -1))  # (B, R, C)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -12,10 +11,17 @@ from torch import Tensor, nn
 from aufast.aus import AU_SETS
 from aufast.labels import check_labels
 from aufast.models.config import Checker
-from aufast.models.layers import ACTIVATIONS, NodeLinear, Stacked, check_pictures, exportable, full_precision
+from aufast.models.layers import (
+    ACTIVATIONS,
+    NodeLinear,
+    Stacked,
+    check_pictures,
+    exportable,
+    full_precision,
+    overwriting,
+)
 from aufast.models.pretrained import Pretrained
 from aufast.models.resnet import WIDTHS, ResNet18
-from aufast.models.single import apart
 from aufast.nn import AdaptiveRoi
 
 LEVELS = ("layer2", "layer3", "layer4")
@@ -182,8 +188,6 @@ class RegionalNetworks(Stacked):
         activation: a name of `ACTIVATIONS`.
     """
 
-    LAYERS = ("conv1", "bn1", "conv2", "bn2")
-
     def __init__(
         self, rois: int, in_channels: int, channels: int, norm: bool, activation: str, factory: dict
     ):
@@ -201,18 +205,11 @@ class RegionalNetworks(Stacked):
 
     def forward(self, crops: Tensor) -> Tensor:
         """Map crops (B, R, in_channels, h, w) to features (B, R, C)."""
-        if torch.compiler.is_compiling() or crops.device.type != "cpu":
-            x = self._run(self, crops.flatten(1, 2).contiguous())  # (B, R·C)
-            return x.unflatten(1, (self.networks, -1))
-        # One network after the other: its weights, maps and their gradients stay in the cache.
-        networks = apart(self, self.LAYERS, self.networks)
-        pairs = zip(networks, crops.transpose(0, 1).contiguous(), strict=True)  # (B, in_channels, h, w) each
-        return torch.stack([self._run(network, crop) for network, crop in pairs], dim=1)
-
-    def _run(self, of: RegionalNetworks | SimpleNamespace, x: Tensor) -> Tensor:
-        """Run the n networks whose layers `of` holds: (B, n·in_channels, h, w) to (B, n·C)."""
-        x = self.activation(of.bn1(of.conv1(x)))  # (B, n·C, h, w)
-        return self.activation(of.bn2(of.conv2(x))).mean((2, 3))
+        x = crops.flatten(1, 2).contiguous()  # (B, R·in_channels, h, w)
+        activation = overwriting(self.activation)
+        x = activation(self.bn1(self.conv1(x)))  # (B, R·C, h, w)
+        x = activation(self.bn2(self.conv2(x)))
+        return x.mean((2, 3)).unflatten(1, (self.networks, -1))  # (B, R, C)
 
 
 class RelationGraph(nn.Module):
@@ -413,7 +410,8 @@ class MARGL(Pretrained):
             TypeError, ValueError: an argument of wrong rank, size, dtype or device.
         """
         check_pictures(self, "images", images, "B")
-        global_map = self.backbone(images)
+        # The backbone and the crops are fastest with the channels innermost.
+        global_map = self.backbone(images.contiguous(memory_format=torch.channels_last))
         global_logits = full_precision(global_map.logits)  # (B, m)
         if self.levels:
             self._check_centers(images, centers)
@@ -428,9 +426,7 @@ class MARGL(Pretrained):
     def _regions(self, maps: tuple[Tensor, ...], centers: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         features, rois = [], []
         for index, level, boxes in zip(self._levels, self.levels, self.initial_rois(centers), strict=True):
-            # Crops are fastest with the channels innermost.
-            features_ = maps[index].contiguous(memory_format=torch.channels_last)
-            found, boxes = level(features_, boxes)  # (B, 2m, c), (B, 2m, 4)
+            found, boxes = level(maps[index], boxes)  # (B, 2m, c), (B, 2m, 4)
             features.append(found.unflatten(1, (2, -1)))  # (B, 2, m, c)
             rois.append(boxes)
         return torch.stack(features, dim=2), tuple(rois)

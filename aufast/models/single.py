@@ -19,7 +19,7 @@ class OneConv:
     """One network's part of a stacked 3×3 convolution."""
 
     weight: Tensor
-    bias: Tensor | None
+    bias: Tensor
     groups = 1
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -67,8 +67,7 @@ def _cut(layer: nn.Module | None, networks: int) -> list[Callable[[Tensor], Tens
     """One layer's parts, all cut from its parameters at once: their gradients come together in one piece."""
     if layer is None or isinstance(layer, nn.Identity):
         return [layer] * networks
-    biases = (None,) * networks if layer.bias is None else layer.bias.chunk(networks)
-    parts = zip(layer.weight.chunk(networks), biases, strict=True)
+    parts = zip(layer.weight.chunk(networks), layer.bias.chunk(networks), strict=True)
     if isinstance(layer, nn.Conv2d):
         return [OneConv(*part) for part in parts]
     return [OneNorm(layer, index, networks, *part) for index, part in enumerate(parts)]

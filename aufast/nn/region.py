@@ -250,4 +250,5 @@ class RegionLayer(nn.Module):
         y1 = self.regions[0](y0)  # (B, C_out/2, H, W)
         y2 = self.regions[1](y1)  # (B, C_out/4, H, W)
         y3 = self.regions[2](y2)  # (B, C_out/4, H, W), enters the sum without a ReLU
-        return torch.relu(self.norm(y0 + torch.cat([y1, y2, y3], dim=1)))
+        total = torch.cat([y1, y2, y3], dim=1).add_(y0)  # each y is some gradient's input, this is not
+        return torch.relu_(self.norm(total))
