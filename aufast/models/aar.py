@@ -215,6 +215,8 @@ class AUBranches(Stacked):
         self.conv4, self.bn4 = grouped(width), norm(config.branch_norm)
         self.conv5 = grouped(width)
         self.bn5 = norm(True) if config.last_norm else None
+        # As the maps are: a gradient then comes in its weight's own layout, which saves a slow copy of each.
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Map stem features to AU features.

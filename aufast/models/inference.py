@@ -16,6 +16,7 @@ from aufast.models.margl import MARGL, RegionalNetworks
 from aufast.models.plain import Branch, Branches
 from aufast.models.pretrained import INFERENCE_DTYPES
 from aufast.models.resnet import BasicBlock, ResNet18, ResNetOutput
+from aufast.models.single import conv_to_one, taps_to_one
 from aufast.nn import RegionConv, RegionLayer
 
 Model = TypeVar("Model", AAR, MARGL)
@@ -230,23 +231,16 @@ class FusedRegionConv(nn.Module):
 
 
 class AttentionMap(nn.Module):
-    """The one-channel convolution of an attention map, and its sigmoid.
-
-    One matrix product gives what each pixel sends to the nine around it, which are then added up: a
-    convolution to a single channel would leave most of the machine idle.
-    """
+    """The one-channel convolution of an attention map, and its sigmoid."""
 
     def __init__(self, conv: nn.Conv2d, dtype: torch.dtype):
         super().__init__()
-        # Pixel q reaches q + (1 - i, 1 - j) through tap (i, j): `fold` wants the taps the other way round.
-        self.taps = constant(conv.weight.detach()[0].flip(1, 2).flatten(1).to(dtype))  # (C, 9)
+        self.taps = constant(taps_to_one(conv.weight.detach()).to(dtype))  # (C, 9)
         self.bias = constant(conv.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, h, w) to (N, 1, h, w) in [0, 1], in x's dtype."""
-        sent = (x.permute(0, 2, 3, 1) @ self.taps).to(self.bias.dtype)  # (N, h, w, 9)
-        logits = F.fold(sent.flatten(1, 2).mT, x.shape[2:], 3, padding=1) + self.bias  # (N, 1, h, w)
-        return logits.sigmoid().to(x.dtype)
+        return conv_to_one(x, self.taps, self.bias).sigmoid().to(x.dtype)
 
 
 class FusedBranch(nn.Module):
