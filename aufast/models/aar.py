@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +14,19 @@ from torch.nn import functional as F
 from aufast.aus import AU_SETS
 from aufast.models.checkpointing import recomputed
 from aufast.models.config import Checker
-from aufast.models.layers import ACTIVATIONS, NodeLinear, Stacked, check_pictures, exportable, full_precision
+from aufast.models.layers import (
+    ACTIVATIONS,
+    NodeLinear,
+    Stacked,
+    check_pictures,
+    exportable,
+    full_precision,
+    overwriting,
+)
 from aufast.models.pretrained import Pretrained
+from aufast.models.single import OneConv, apart
 from aufast.models.streaming import AARStream
 from aufast.nn import GraphConv, GraphGRU, RegionLayer
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -113,33 +121,44 @@ class AAROutput(NamedTuple):
     """(B, T, m)."""
 
 
-def seen_by_taps(height: int, width: int, like: Tensor) -> Tensor:
-    """Which pixels each tap of a zero-padded 3×3 convolution meets.
+class TapSums(torch.autograd.Function):
+    """For each tap of a zero-padded 3×3 convolution the sum of the pixels that it meets.
 
     A tap of the filter's first row never meets the map's last row, one of its last row not the first; columns
-    alike.
-
-    Args:
-        height: h.
-        width: w.
-        like: whose dtype and device are taken.
-
-    Returns:
-        (9, h·w) of zeros and ones.
+    alike. The gradient is one number a channel everywhere but at the border: one pass over the map.
     """
-    taps = torch.arange(3, device=like.device)[:, None]
 
-    def line(length: int) -> Tensor:
-        place = (
-            torch.arange(length, device=like.device) + 1 - taps
-        )  # (3, length): where the tap's result goes
-        return (place >= 0) & (place < length)
+    generate_vmap_rule = True
 
-    both = line(height)[:, None, :, None] & line(width)[None, :, None, :]  # (3, 3, h, w)
-    return both.flatten(2).flatten(0, 1).to(like.dtype)
+    @staticmethod
+    def forward(pixels: Tensor) -> Tensor:
+        """Map (N, h, w, C) to (N, 3, 3, C)."""
+
+        def met(x: Tensor, axis: int) -> Tensor:
+            total = x.sum(axis)
+            return torch.stack([total - x.select(axis, -1), total, total - x.select(axis, 0)], axis)
+
+        return met(met(pixels, 1), 2)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.sizes = inputs[0].shape[1:3]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """Give every pixel the gradients of the taps that meet it: (N, 3, 3, C) to (N, h, w, C)."""
+
+        def spread(g: Tensor, axis: int) -> Tensor:
+            shape = [*g.shape[:axis], ctx.sizes[axis - 1], *g.shape[axis + 1 :]]
+            out = g.sum(axis, keepdim=True).expand(shape).clone(memory_format=torch.contiguous_format)
+            out.select(axis, -1).sub_(g.select(axis, 0))
+            out.select(axis, 0).sub_(g.select(axis, 2))
+            return out
+
+        return spread(spread(grad, 2), 1)
 
 
-def pooled_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
+def pooled_conv(x: Tensor, conv: nn.Conv2d | OneConv) -> Tensor:
     """Global average of a zero-padded 3×3 convolution, without the convolution.
 
     The mean over all output pixels is linear in the input: each tap of the filter sees the sum of the pixels
@@ -152,11 +171,8 @@ def pooled_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
     Returns:
         (N, C_out), equal to `conv(x).mean((2, 3))`.
     """
-    pixels = full_precision(x).permute(0, 2, 3, 1).flatten(1, 2)  # (N, H·W, C_in)
-    seen = seen_by_taps(*x.shape[2:], pixels) / pixels.shape[1]  # (9, H·W)
-    with torch.autocast(x.device.type, enabled=False):
-        means = (seen @ pixels).mT.unflatten(2, (3, 3))  # (N, C_in, 3, 3)
-    means = means.to(conv.weight.dtype)
+    sums = TapSums.apply(full_precision(x).permute(0, 2, 3, 1))  # (N, 3, 3, C_in)
+    means = (sums / (x.shape[2] * x.shape[3])).permute(0, 3, 1, 2).to(conv.weight.dtype)
     return F.conv2d(means, conv.weight, conv.bias, groups=conv.groups).flatten(1)  # (N, C_out)
 
 
@@ -164,11 +180,18 @@ class AUBranches(Stacked):
     """One branch of five convolutions per AU, each with its attention map.
 
     The m branches are groups of one convolution: output channels `j·12c … (j+1)·12c - 1` are those of AU j.
-    All read the same input, so the first convolution is one wide one.
+    All read the same input, so the first convolution is one wide one. A CPU runs the branches one after the
+    other: one AU's maps fit its caches, those of all AUs together go to memory for every normalisation,
+    activation and gradient.
 
     Args:
         config: of the model.
     """
+
+    LAYERS = (
+        *(f"{kind}{k}" for k in range(1, 6) for kind in ("conv", "bn")),
+        "attention",
+    )
 
     def __init__(self, config: AARConfig, factory: dict):
         super().__init__()
@@ -192,6 +215,8 @@ class AUBranches(Stacked):
         self.conv4, self.bn4 = grouped(width), norm(config.branch_norm)
         self.conv5 = grouped(width)
         self.bn5 = norm(True) if config.last_norm else None
+        # As the maps are: a gradient then comes in its weight's own layout, which saves a slow copy of each.
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Map stem features to AU features.
@@ -202,42 +227,43 @@ class AUBranches(Stacked):
         Returns:
             (N, m, 12c), and the attention maps (N, m, h, w) or None.
         """
-        # Grouped convolutions and their gradients are up to twice as fast with the channels innermost.
+        # Convolutions and their gradients are up to twice as fast with the channels innermost.
         x = x.contiguous(memory_format=torch.channels_last)
-        x = self._part(self._first, x)  # (N, m·12c, h, w)
-        x = self._part(self._second, x)
-        x = self._part(self._third, x)
-        features, attention = self._part(self._last, x)  # (N, m·12c)
-        return features.unflatten(1, (self.networks, -1)), attention
+        compiling = torch.compiler.is_compiling()  # whose programs would be m times as long
+        if compiling or not (x.device.type == "cpu" or self.checkpointing):
+            features, attention = self._run(self, x)
+            return features.unflatten(1, (self.networks, -1)), attention
+        features, maps = [], []
+        for branch in apart(self, self.LAYERS, self.networks):
+            run = partial(self._run, branch)
+            found, attention = recomputed(self, run, x) if self.checkpointing else run(x)
+            features.append(found)  # (N, 12c)
+            maps.append(attention)  # (N, 1, h, w)
+        return torch.stack(features, dim=1), None if maps[0] is None else torch.cat(maps, dim=1)
 
-    def _part(self, function: Callable[..., Result], x: Tensor) -> Result:
-        return recomputed(self, function, x) if self.checkpointing else function(x)
-
-    def _first(self, x: Tensor) -> Tensor:
-        return self.activation(self.bn1(self.conv1(x)))
-
-    def _second(self, x: Tensor) -> Tensor:
-        return self.activation(self.bn2(self.conv2(x)))
-
-    def _third(self, x: Tensor) -> Tensor:
-        return self.activation(self.bn3(self.conv3(x)))
-
-    def _last(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        attention = None if self.attention is None else self.attention(x).sigmoid()  # (N, m, h, w)
-        x = self.conv4(x)
+    def _run(self, of: AUBranches | SimpleNamespace, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Run the n branches whose layers `of` holds: features (N, n·12c) and maps (N, n, h, w) or None."""
+        activation = overwriting(self.activation)
+        x = activation(of.bn1(of.conv1(x)))  # (N, n·12c, h, w)
+        x = activation(of.bn2(of.conv2(x)))
+        x = activation(of.bn3(of.conv3(x)))
+        attention = None if of.attention is None else of.attention(x).sigmoid()  # (N, n, h, w)
+        x = of.conv4(x)
         if self.multiply_first:
-            x = self.activation(self.bn4(self._attend(x, attention)))
+            x = activation(of.bn4(attend(x, attention)))
         else:
-            x = self._attend(self.activation(self.bn4(x)), attention)
-        if self.bn5 is None:
-            return pooled_conv(x, self.conv5), attention
-        return self.activation(self.bn5(self.conv5(x))).mean((2, 3)), attention
+            x = attend(activation(of.bn4(x)), attention)
+        if of.bn5 is not None:
+            return activation(of.bn5(of.conv5(x))).mean((2, 3)), attention
+        return pooled_conv(x, of.conv5), attention
 
-    def _attend(self, x: Tensor, attention: Tensor | None) -> Tensor:
-        if attention is None:
-            return x
-        maps = x.unflatten(1, (self.networks, -1)) * attention.unsqueeze(2)  # (N, m, 12c, h, w)
-        return maps.flatten(1, 2)
+
+def attend(x: Tensor, attention: Tensor | None) -> Tensor:
+    """Multiply every network's maps (N, n·C, h, w) by its attention map of (N, n, h, w)."""
+    if attention is None:
+        return x
+    maps = x.unflatten(1, (attention.shape[1], -1)) * attention.unsqueeze(2)  # (N, n, C, h, w)
+    return maps.flatten(1, 2)
 
 
 class FrameNetwork(nn.Module):

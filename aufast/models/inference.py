@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from aufast import ops
-from aufast.models.aar import AAR, FrameNetwork, seen_by_taps
+from aufast.models.aar import AAR, FrameNetwork
 from aufast.models.layers import ACTIVATIONS, full_precision
 from aufast.models.margl import MARGL, RegionalNetworks
 from aufast.models.plain import Branch, Branches
 from aufast.models.pretrained import INFERENCE_DTYPES
 from aufast.models.resnet import BasicBlock, ResNet18, ResNetOutput
+from aufast.models.single import conv_to_one, taps_to_one
 from aufast.nn import RegionConv, RegionLayer
 
 Model = TypeVar("Model", AAR, MARGL)
@@ -230,23 +231,16 @@ class FusedRegionConv(nn.Module):
 
 
 class AttentionMap(nn.Module):
-    """The one-channel convolution of an attention map, and its sigmoid.
-
-    One matrix product gives what each pixel sends to the nine around it, which are then added up: a
-    convolution to a single channel would leave most of the machine idle.
-    """
+    """The one-channel convolution of an attention map, and its sigmoid."""
 
     def __init__(self, conv: nn.Conv2d, dtype: torch.dtype):
         super().__init__()
-        # Pixel q reaches q + (1 - i, 1 - j) through tap (i, j): `fold` wants the taps the other way round.
-        self.taps = constant(conv.weight.detach()[0].flip(1, 2).flatten(1).to(dtype))  # (C, 9)
+        self.taps = constant(taps_to_one(conv.weight.detach()).to(dtype))  # (C, 9)
         self.bias = constant(conv.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, h, w) to (N, 1, h, w) in [0, 1], in x's dtype."""
-        sent = (x.permute(0, 2, 3, 1) @ self.taps).to(self.bias.dtype)  # (N, h, w, 9)
-        logits = F.fold(sent.flatten(1, 2).mT, x.shape[2:], 3, padding=1) + self.bias  # (N, 1, h, w)
-        return logits.sigmoid().to(x.dtype)
+        return conv_to_one(x, self.taps, self.bias).sigmoid().to(x.dtype)
 
 
 class FusedBranch(nn.Module):
@@ -288,6 +282,32 @@ class FusedBranch(nn.Module):
             x = self.activation(x)
             x = x if attention is None else x.mul_(attention)
         return x if self.conv5 is None else self.activation(self.conv5(x)), attention
+
+
+def seen_by_taps(height: int, width: int, like: Tensor) -> Tensor:
+    """Which pixels each tap of a zero-padded 3×3 convolution meets.
+
+    A tap of the filter's first row never meets the map's last row, one of its last row not the first; columns
+    alike.
+
+    Args:
+        height: h.
+        width: w.
+        like: whose dtype and device are taken.
+
+    Returns:
+        (9, h·w) of zeros and ones.
+    """
+    taps = torch.arange(3, device=like.device)[:, None]
+
+    def line(length: int) -> Tensor:
+        place = (
+            torch.arange(length, device=like.device) + 1 - taps
+        )  # (3, length): where the tap's result goes
+        return (place >= 0) & (place < length)
+
+    both = line(height)[:, None, :, None] & line(width)[None, :, None, :]  # (3, 3, h, w)
+    return both.flatten(2).flatten(0, 1).to(like.dtype)
 
 
 class FusedBranches(nn.Module):
@@ -356,7 +376,10 @@ class FusedRegions(nn.Module):
 
     def forward(self, crops: Tensor) -> Tensor:
         """Map crops (B, R, in_channels, h, w) to features (B, R, C), in at least float32."""
-        x = self.activation(self.conv1(crops.flatten(1, 2)))  # (B, R·C, h, w)
+        x = (
+            crops.permute(0, 3, 4, 1, 2).flatten(3).permute(0, 3, 1, 2)
+        )  # (B, R·in_channels, h, w), channels_last
+        x = self.activation(self.conv1(x))  # (B, R·C, h, w)
         x = full_precision(self.activation(self.conv2(x)))
         return x.mean((2, 3)).unflatten(1, (self.networks, -1))  # (B, R, C)
 

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from aufast.aus import AU_SETS
 from aufast.labels import check_labels
 from aufast.models.config import Checker
-from aufast.models.layers import ACTIVATIONS, NodeLinear, Stacked, check_pictures, exportable, full_precision
+from aufast.models.layers import (
+    ACTIVATIONS,
+    NodeLinear,
+    Stacked,
+    check_pictures,
+    exportable,
+    full_precision,
+    overwriting,
+)
 from aufast.models.pretrained import Pretrained
 from aufast.models.resnet import WIDTHS, ResNet18
 from aufast.nn import AdaptiveRoi
@@ -198,8 +206,9 @@ class RegionalNetworks(Stacked):
     def forward(self, crops: Tensor) -> Tensor:
         """Map crops (B, R, in_channels, h, w) to features (B, R, C)."""
         x = crops.flatten(1, 2).contiguous()  # (B, R·in_channels, h, w)
-        x = self.activation(self.bn1(self.conv1(x)))  # (B, R·C, h, w)
-        x = self.activation(self.bn2(self.conv2(x)))
+        activation = overwriting(self.activation)
+        x = activation(self.bn1(self.conv1(x)))  # (B, R·C, h, w)
+        x = activation(self.bn2(self.conv2(x)))
         return x.mean((2, 3)).unflatten(1, (self.networks, -1))  # (B, R, C)
 
 

@@ -210,8 +210,14 @@ def build_model(cls: type[Model], folder: Path, content: Content) -> Model:
     tensors = content.tensors
     stack_(model, tensors)
     _check_tensors(model, folder / WEIGHTS, tensors)
-    # Copies, so that no tensor keeps the bytes of the file alive or starts at an odd address.
-    model.load_state_dict({key: value.clone() for key, value in tensors.items()}, assign=True)
+    # Copies, so that no tensor keeps the bytes of the file alive or starts at an odd address; each in the
+    # memory format that the model gives it.
+    own = model.state_dict()
+    copies = {
+        key: torch.empty_like(own[key], dtype=value.dtype, device=value.device).copy_(value)
+        for key, value in tensors.items()
+    }
+    model.load_state_dict(copies, assign=True)
     if content.inference_dtype is not None:
         model.to(memory_format=torch.channels_last)
     return model.eval()

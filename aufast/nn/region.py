@@ -4,12 +4,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from aufast import ops
 from aufast.nn.checks import positive
+
+
+class PatchStatistics(torch.autograd.Function):
+    """Biased variance and mean of every patch and channel.
+
+    `torch.var_mean` with a gradient in one pass over the map, not in six.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Map patches (B, C, n, h, n, w) to variance and mean, each (1, C, n, 1, n, 1)."""
+        return torch.var_mean(patches, dim=(0, 3, 5), correction=0, keepdim=True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, d_variance: Tensor, d_mean: Tensor) -> Tensor:
+        """`d_mean / N + d_variance · 2 (x - mean) / N`, N values in each patch and channel."""
+        patches, mean = ctx.saved_tensors
+        count = patches.numel() // mean.numel()
+        slope = d_variance * (2 / count)
+        return torch.addcmul(d_mean / count - slope * mean, patches, slope)
 
 
 class PatchBatchNorm(nn.Module):
@@ -79,8 +106,9 @@ class PatchBatchNorm(nn.Module):
             )
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         patches = x.unflatten(3, (n, -1)).unflatten(2, (n, -1))  # (B, C, n, h, n, w)
-        variance, mean = torch.var_mean(patches, dim=(0, 3, 5), correction=0)  # (C, n, n)
-        variance, mean = variance.permute(1, 2, 0), mean.permute(1, 2, 0)  # (n, n, C)
+        variance, mean = (
+            t[0, :, :, 0, :, 0].permute(1, 2, 0) for t in PatchStatistics.apply(patches)
+        )  # (n, n, C)
         with torch.no_grad():
             unbiased = variance * (count / (count - 1))
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
@@ -222,4 +250,5 @@ class RegionLayer(nn.Module):
         y1 = self.regions[0](y0)  # (B, C_out/2, H, W)
         y2 = self.regions[1](y1)  # (B, C_out/4, H, W)
         y3 = self.regions[2](y2)  # (B, C_out/4, H, W), enters the sum without a ReLU
-        return torch.relu(self.norm(y0 + torch.cat([y1, y2, y3], dim=1)))
+        total = torch.cat([y1, y2, y3], dim=1).add_(y0)  # each y is some gradient's input, this is not
+        return torch.relu_(self.norm(total))

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from aufast import reference
-from aufast.models.aar import AARConfig, AUBranches, pooled_conv
+from aufast.models import load_model
+from aufast.models.aar import AARConfig, AUBranches, TapSums, pooled_conv
+from aufast.models.single import conv_to_one, taps_to_one
 from tests.models.examples import AAR_NAMES, inputs, randomize, small
 
 
@@ -277,3 +279,28 @@ def test_autocast_trains_near_float32():
     (exact, gradient), (rounded, rounded_gradient) = steps
     assert (rounded - exact).abs().max() < 0.05
     assert torch.nn.functional.cosine_similarity(gradient.flatten(), rounded_gradient.flatten(), dim=0) > 0.98
+
+
+def test_the_sums_that_taps_meet_have_derivatives_of_any_order():
+    for shape in ((2, 3, 4, 2), (1, 1, 3, 2), (1, 1, 1, 1)):
+        pixels = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        ones = torch.ones(shape[3], 1, 3, 3, dtype=torch.float64)
+        taps = TapSums.apply(pixels)  # (N, 3, 3, C)
+        conv = torch.nn.functional.conv2d(pixels.permute(0, 3, 1, 2), ones, padding=1, groups=shape[3])
+        torch.testing.assert_close(taps.sum((1, 2)), conv.sum((2, 3)))
+        assert torch.autograd.gradcheck(TapSums.apply, pixels)
+        assert torch.autograd.gradgradcheck(TapSums.apply, pixels)
+
+
+def test_a_convolution_to_one_channel_is_the_convolution():
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    weight, bias = torch.randn(1, 3, 3, 3, dtype=torch.float64), torch.randn(1, dtype=torch.float64)
+    found = conv_to_one(x, taps_to_one(weight), bias)
+    torch.testing.assert_close(found, torch.nn.functional.conv2d(x, weight, bias, padding=1))
+
+
+def test_loading_keeps_the_branches_memory_format(tmp_path):
+    model = small("aa")
+    model.save_pretrained(tmp_path)
+    for found in (model, load_model(tmp_path)):
+        assert found.frame.branches.conv2.weight.is_contiguous(memory_format=torch.channels_last)

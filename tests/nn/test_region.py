@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from aufast.nn import PatchBatchNorm, RegionConv, RegionLayer
+from aufast.nn.region import PatchStatistics
 
 
 class PlainRegions(nn.Module):
@@ -188,3 +189,18 @@ def test_repr_names_the_sizes():
 def test_bad_input_is_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_patch_statistics_are_var_means_to_any_order():
+    def plain(patches):
+        return torch.var_mean(patches, dim=(0, 3, 5), correction=0, keepdim=True)
+
+    patches = torch.randn(2, 3, 2, 2, 2, 3, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(PatchStatistics.apply(patches), plain(patches))
+    weights = [torch.randn(1, 3, 2, 1, 2, 1, dtype=torch.float64) for _ in range(2)]
+    found, expected = (
+        torch.autograd.grad(sum((w * s).sum() for w, s in zip(weights, f(patches), strict=True)), patches)
+        for f in (PatchStatistics.apply, plain)
+    )
+    torch.testing.assert_close(found, expected)
+    assert torch.autograd.gradgradcheck(PatchStatistics.apply, patches)
