@@ -1,10 +1,11 @@
 // Multi-ROI affine crop-and-resize on the CPU: affine_grid + bilinear grid_sample with zeros outside, and its
 // gradients.
 //
-// Geometry is computed in double and shared by all channels. A work item is one image and one
-// tile of channels (forward: and a group of ROIs). It brings the tile of the map into its own small buffer,
-// where one pixel's channels are a vector, takes every ROI from there, and alone writes its part of the crops
-// or of the feature gradient: nothing is atomic and no result depends on the number of threads.
+// Geometry is computed in double and shared by all channels. Every region is sampled from a map of pixels,
+// whose channels lie side by side. In channels_last that is the map itself, in NCHW a buffer that a work item
+// brings its channels into. An item is one image and a range of channels (forward: and a group of regions);
+// it takes every region from there and alone writes its part of the crops or of the feature gradient:
+// nothing is atomic and no result depends on the number of threads.
 // docs/operators/roi_crop.md derives the backward.
 
 #include <torch/csrc/stable/library.h>
@@ -24,11 +25,16 @@
 namespace {
 
 // How an image or a crop lies in memory: elements from plane to plane, or in channels_last from pixel to
-// pixel; and the channels of a work item, a multiple of every level's lanes. In planes they are few, so that
-// the map stays in the first cache; in channels_last many, so that memory is read and written in longer runs.
+// pixel.
 struct Layout {
   bool channels_last;
-  int64_t stride, tile;
+  int64_t stride;
+};
+
+// A map as pixels, channels side by side, and the pixel that stands for all that is not on it.
+template <class E>
+struct Place {
+  E *pixels, *outside;
 };
 
 // The part of a map that an item reads and adds to.
@@ -38,12 +44,12 @@ struct Window {
   int64_t columns() const { return right - left; }
 };
 
-// Taps in elements of an item's framed window.
+// Taps in elements of the map that is sampled; negative where outside of it.
 struct Offsets {
   const int64_t *x_lo, *x_hi, *y_lo, *y_hi;
 };
 
-constexpr int kPlaneTile = 16, kWideTile = 64;
+constexpr int kPlaneTile = 16;  // channels that are brought from planes to pixels together
 
 // Of one ROI: Σ over channels and points of d/dix · (x̂, ŷ, 1), then of d/diy · (x̂, ŷ, 1).
 constexpr int kTerms = 6;
@@ -58,8 +64,10 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kEnoughItems = 16;  // below, the forward also splits the ROIs of an image
-constexpr int64_t kCachedBytes = 40 << 10;
+constexpr int64_t kEnoughItems = 16;        // below, the forward also splits the regions of an image
+constexpr int64_t kCachedBytes = 40 << 10;  // of an item's buffers, in the first cache
+constexpr int64_t kMostTiles = 4;           // of kPlaneTile or more channels in them, as crops are staged too
+constexpr int64_t kLine = 64;               // bytes
 constexpr int kWantFeatures = 1, kWantRois = 2;
 
 // How many items one thread should at least have, for waking another to pay.
@@ -67,97 +75,135 @@ int64_t grain_of(int64_t points_per_item) {
   return std::max<int64_t>(1, (int64_t{1} << 14) / std::max<int64_t>(1, points_per_item));
 }
 
-// A function of the shape alone: sums over tiles must not depend on the thread count.
-int64_t tile_of(const Shape& s, bool channels_last) {
-  return channels_last && s.channels >= 2 * kWideTile ? kWideTile : kPlaneTile;
-}
+// How the channels are cut: in ranges as large as leave enough items, and whose buffers stay in the cache.
+// A function of the shape alone: the sums over ranges must not depend on the thread count.
+struct Cut {
+  int64_t range, ranges;
 
-// The buffers of one thread, and the walk over the ROIs of its items.
+  // Ranges of a multiple of `least` channels; without buffers, 0 bytes a channel.
+  Cut(const Shape& s, int64_t least, int64_t bytes_per_channel) {
+    const int64_t tiles = (s.channels + least - 1) / least,
+                  most = std::max<int64_t>(1, s.batch * tiles / kEnoughItems),
+                  cached = bytes_per_channel
+                               ? std::min(kCachedBytes / (least * bytes_per_channel), kMostTiles)
+                               : most;
+    range = least * std::min(tiles, std::clamp<int64_t>(cached, 1, most));
+    ranges = (s.channels + range - 1) / range;
+  }
+  static Cut whole(const Shape& s) { return Cut(s.channels); }
+
+ private:
+  explicit Cut(int64_t all) : range(all), ranges(1) {}
+};
+
+// Elements whose first begins a cache line.
+template <class E>
+class Buffer {
+ public:
+  E* reserve(int64_t wanted) {
+    const size_t size = wanted + kLine / sizeof(E);
+    if (elements_.size() < size) elements_.resize(size);
+    return reinterpret_cast<E*>((reinterpret_cast<uintptr_t>(elements_.data()) + kLine - 1) / kLine * kLine);
+  }
+
+ private:
+  std::vector<E> elements_;
+};
+
+// The buffers of one thread, and the walk over the regions of its items. `in_place`: the map is sampled where
+// it lies.
 template <class T, class R>
 class Worker {
  public:
   using A = accumulator<T>;
 
-  Worker(const Shape& s, const R* rois, bool channels_last)
+  Worker(const Shape& s, const R* rois, bool channels_last, bool in_place, int64_t range)
       : s_(s),
         rois_(rois),
         geometry_(s),
-        map_layout_{channels_last, channels_last ? s.channels : s.height * s.width,
-                    tile_of(s, channels_last)},
-        crop_layout_{channels_last, channels_last ? s.channels : s.out_height * s.out_width,
-                     map_layout_.tile} {}
+        map_layout_{channels_last, channels_last ? s.channels : s.height * s.width},
+        crop_layout_{channels_last, channels_last ? s.channels : s.out_height * s.out_width},
+        in_place_(in_place),
+        step_(in_place ? s.channels : range) {}
 
-  // Channels [first, last) of ROIs [begin, end) of image b.
+  // Channels [first, last) of the regions [begin, end) of image b.
   void forward(int64_t b, int64_t begin, int64_t end, int64_t first, int64_t last, const T* features,
                T* out) {
     prepare(b, begin, end);
-    const int64_t tile = map_layout_.tile, tiles = (last - first + tile - 1) / tile,
-                  size = framed_pixels() * tile;
-    A* map = reserve(map_, tiles * framed_pixels());
-    A* staging = reserve(staging_, s_.out_height * s_.out_width);
-    for (int64_t k = 0; k < tiles; ++k) read(features, b, first + k * tile, last, map + k * size);
-    const auto crop = AUFAST_PICK(crop<T>);
+    const int64_t channels = last - first, area = s_.out_height * s_.out_width;
+    features += map_offset(b, first);
+    const Place<const T> map{features, in_place_ ? nothing_.reserve(step_) : nullptr};
+    const Place<const A> buffer = in_place_ ? Place<const A>{} : read(features, channels);
+    A* staging = in_place_ ? nullptr : staging_.reserve(area * step_);
     for (int64_t n = begin; n < end; ++n) {
+      T* to = out + crop_offset(b, n, first);
       const Taps<A> taps = geometry_[n - begin];
-      for (int64_t k = 0; k < tiles; ++k) {
-        const int64_t c = first + k * tile, channels = std::min(tile, last - c);
-        T* to = out + crop_offset(b, n, c);
-        const T* next = k + 1 < tiles ? out + crop_offset(b, n, c + tile)
-                        : n + 1 < end ? out + crop_offset(b, n + 1, first)
-                                      : to;
-        if (taps.finite) {
-          crop(map + k * size, to, next, crop_layout_, channels, s_, taps, offsets_of(n - begin, taps),
-               staging);
-        } else {
-          fill_not_finite(to, channels);
-        }
+      const Offsets offsets = offsets_of(n - begin, taps);
+      if (!taps.finite) {
+        fill_not_finite(to, channels);
+      } else if (in_place_) {
+        AUFAST_PICK(crop_in_place<T>)(map, to, step_, channels, s_, taps, offsets);
+      } else {
+        AUFAST_PICK(crop_to_planes<T>)(buffer, to, staging, step_, channels, s_, taps, offsets);
       }
     }
   }
 
-  // Channels [first, last) of all ROIs of image b. The terms of ROI n and of the range's k-th tile go to
-  // terms + n * terms_stride + k * kTerms.
+  // Channels [first, last) of all regions of image b. The terms of region n go to terms + n * terms_stride.
   void backward(int64_t b, int64_t first, int64_t last, const T* grad, const T* features, T* grad_features,
                 double* terms, int64_t terms_stride) {
     prepare(b, 0, s_.rois);
-    const int64_t tile = map_layout_.tile, tiles = (last - first + tile - 1) / tile,
-                  size = framed_pixels() * tile;
-    A* map = reserve(map_, terms ? tiles * framed_pixels() : 0);
-    A* sum = grad_features ? reserve(sum_, tiles * framed_pixels()) : nullptr;
-    A* staging = reserve(staging_, std::max(s_.out_height * s_.out_width, s_.width));
-    for (int64_t k = 0; terms && k < tiles; ++k) read(features, b, first + k * tile, last, map + k * size);
-    if (sum) std::fill_n(sum, tiles * size, A(0));
-    const auto crop_backward = AUFAST_PICK(crop_backward<T>);
-    for (int64_t n = 0; n < s_.rois; ++n) {
-      const Taps<A> taps = geometry_[n];
-      for (int64_t k = 0; k < tiles; ++k) {
-        double* result = terms ? terms + n * terms_stride + k * kTerms : nullptr;
-        const int64_t c = first + k * tile, channels = std::min(tile, last - c);
-        const T* from = grad + crop_offset(b, n, c);
-        const T* next = k + 1 < tiles     ? grad + crop_offset(b, n, c + tile)
-                        : n + 1 < s_.rois ? grad + crop_offset(b, n + 1, first)
-                                          : from;
-        if (taps.finite) {
-          crop_backward(from, next, crop_layout_, channels, map + k * size, sum ? sum + k * size : nullptr,
-                        result, s_, taps, offsets_of(n, taps), staging);
-        } else if (result) {
-          std::fill_n(result, kTerms, 0.0);
+    const int64_t channels = last - first, area = s_.out_height * s_.out_width;
+    features += map_offset(b, first);
+    if (grad_features) grad_features += map_offset(b, first);
+    Place<const A> map{};
+    Place<A> sum{};
+    if constexpr (std::is_same_v<T, A>) {
+      if (in_place_) {
+        map = {features, nothing_.reserve(step_)};
+        if (grad_features) {
+          sum = {grad_features, sum_.reserve(step_)};
+          AUFAST_PICK(clear_run<T>)(map_layout_, channels, s_.height * s_.width, grad_features);
         }
       }
     }
-    if (!sum) return;
-    std::fill_n(staging, s_.width * tile, A(0));
-    for (int64_t k = 0; k < tiles; ++k) {
-      const int64_t c = first + k * tile;
+    if (!in_place_) {
+      if (terms) map = read(features, channels);
+      if (grad_features) {
+        const int64_t size = window_.rows() * window_.columns() * step_;
+        A* pixels = sum_.reserve(size + step_);
+        std::fill_n(pixels, size, A(0));
+        sum = {pixels, pixels + size};
+      }
+    }
+    A* staging = in_place_ ? nullptr : staging_.reserve(area * step_);
+    for (int64_t n = 0; n < s_.rois; ++n) {
+      double* result = terms ? terms + n * terms_stride : nullptr;
+      const Taps<A> taps = geometry_[n];
+      if (!taps.finite) {
+        if (result) std::fill_n(result, kTerms, 0.0);
+        continue;
+      }
+      const T* from = grad + crop_offset(b, n, first);
+      const Offsets offsets = offsets_of(n, taps);
+      if constexpr (std::is_same_v<T, A>) {
+        if (in_place_) {
+          AUFAST_PICK(crop_backward_in_place<T>)
+          (from, step_, channels, map, sum, result, s_, taps, offsets);
+          continue;
+        }
+      }
+      const T* next = n + 1 < s_.rois ? grad + crop_offset(b, n + 1, first) : from;
+      AUFAST_PICK(crop_backward<T>)
+      (from, next, crop_layout_, channels, staging, step_, map, sum, result, s_, taps, offsets);
+    }
+    if (grad_features && !in_place_) {
       AUFAST_PICK(write_map<T>)
-      (sum + k * size, map_layout_, std::min(tile, last - c), s_, window_, staging,
-       grad_features + map_offset(b, c));
+      (sum.pixels, step_, map_layout_, channels, s_, window_, grad_features);
     }
   }
 
  private:
-  int64_t framed_pixels() const { return (window_.rows() + 2) * (window_.columns() + 2); }
-
   int64_t map_offset(int64_t b, int64_t c) const {
     return b * s_.channels * s_.height * s_.width + c * (map_layout_.channels_last ? 1 : map_layout_.stride);
   }
@@ -166,20 +212,24 @@ class Worker {
            c * (crop_layout_.channels_last ? 1 : crop_layout_.stride);
   }
 
-  void read(const T* features, int64_t b, int64_t first, int64_t last, A* map) const {
-    const int64_t channels = std::min(map_layout_.tile, last - first);
-    AUFAST_PICK(read_window<T>)(features + map_offset(b, first), map_layout_, channels, s_, window_, map);
+  // The window of the map in the buffer, and behind it one pixel of zeros.
+  Place<const A> read(const T* features, int64_t channels) {
+    const int64_t size = window_.rows() * window_.columns() * step_;
+    A* pixels = map_.reserve(size + step_);
+    AUFAST_PICK(read_window<T>)(features, map_layout_, channels, s_, window_, pixels, step_);
+    std::fill_n(pixels + size, step_, A(0));
+    return {pixels, pixels + size};
   }
 
-  // Geometry, window and offsets of the ROIs [begin, end) of image b; the next range of the same image finds
-  // them done.
+  // Geometry, window and offsets of the regions [begin, end) of image b; the next range of the same image
+  // finds them done.
   void prepare(int64_t b, int64_t begin, int64_t end) {
     if (b == image_ && begin == begin_) return;
     image_ = b;
     begin_ = begin;
     const int64_t count = end - begin;
     geometry_.place(rois_ + (b * s_.rois + begin) * s_.roi_size(), count);
-    window_ = find_window(count);
+    window_ = in_place_ ? Window{0, s_.height, 0, s_.width} : find_window(count);
     offsets_.resize(count * geometry_.entries());
     for (int64_t k = 0; k < count; ++k) {
       const Taps<A> taps = geometry_[k];
@@ -191,14 +241,6 @@ class Worker {
     const int64_t* x = offsets_.data() + k * geometry_.entries();
     const int64_t* y = x + 2 * t.columns;
     return {x, x + t.columns, y, y + t.rows};
-  }
-
-  // `pixels` pixels of the tile, aligned to a cache line.
-  A* reserve(std::vector<A>& buffer, int64_t pixels) const {
-    constexpr size_t kLine = 64;
-    const size_t wanted = pixels * map_layout_.tile + kLine / sizeof(A);
-    if (buffer.size() < wanted) buffer.resize(wanted);
-    return reinterpret_cast<A*>((reinterpret_cast<uintptr_t>(buffer.data()) + kLine - 1) / kLine * kLine);
   }
 
   // The whole map where the taps would read most of it anyway, else the rectangle that holds them.
@@ -224,18 +266,17 @@ class Worker {
     return w;
   }
 
-  // The frame stands for all that is outside the map.
   void find_offsets(const Taps<A>& t, int64_t* to) const {
-    const auto convert = [&](const int32_t* index, int64_t entries, int64_t first, int64_t last,
+    const auto convert = [&](const int32_t* index, int64_t entries, int64_t size, int64_t first,
                              int64_t step) {
       for (int64_t k = 0; k < entries; ++k)
-        *to++ = (index[k] < 0 ? 0 : std::min<int64_t>(index[k], last) - first + 1) * step;
+        *to++ = index[k] < 0 || index[k] >= size ? -1 : (index[k] - first) * step;
     };
-    const int64_t tile = map_layout_.tile, row = (window_.columns() + 2) * tile;
-    convert(t.x_lo, t.columns, window_.left, window_.right, tile);
-    convert(t.x_hi, t.columns, window_.left, window_.right, tile);
-    convert(t.y_lo, t.rows, window_.top, window_.bottom, row);
-    convert(t.y_hi, t.rows, window_.top, window_.bottom, row);
+    const int64_t row = window_.columns() * step_;
+    convert(t.x_lo, t.columns, s_.width, window_.left, step_);
+    convert(t.x_hi, t.columns, s_.width, window_.left, step_);
+    convert(t.y_lo, t.rows, s_.height, window_.top, row);
+    convert(t.y_hi, t.rows, s_.height, window_.top, row);
   }
 
   void fill_not_finite(T* to, int64_t channels) const {
@@ -249,34 +290,30 @@ class Worker {
   const R* rois_;
   Geometry<A> geometry_;
   Layout map_layout_, crop_layout_;
+  bool in_place_;
+  int64_t step_;  // elements from pixel to pixel of the map that is sampled
   int64_t image_ = -1, begin_ = -1;
   Window window_{};
   std::vector<int64_t> offsets_;
-  std::vector<A> map_, sum_, staging_;
+  Buffer<T> nothing_;  // zeros
+  Buffer<A> map_, sum_, staging_;
 };
 
-// How the channels are cut. A range of several tiles goes through one ROI after the other, so that crops are
-// long runs of memory; it has as many as stay in the first cache together, and no more than leave enough
-// items for all cores.
-struct Cut {
-  int64_t tile, tiles, range, ranges;
-
-  Cut(const Shape& s, bool channels_last, int64_t element)
-      : tile(tile_of(s, channels_last)), tiles((s.channels + tile - 1) / tile) {
-    const int64_t cached = kCachedBytes / ((s.height + 2) * (s.width + 2) * tile * element);
-    range = tile * std::clamp<int64_t>(cached, 1, std::max<int64_t>(1, s.batch * tiles / kEnoughItems));
-    ranges = (s.channels + range - 1) / range;
-  }
-};
+// In channels_last a range of few channels would touch memory in single lines.
+int64_t least_range(const Shape& s, bool channels_last) {
+  return channels_last && s.channels >= 128 ? 64 : kPlaneTile;
+}
 
 // T is the storage type; uint16_t stands for bfloat16.
 template <class T, class R>
 void forward(const T* features, const R* rois, T* out, const Shape& s, bool channels_last) {
-  const Cut cut(s, channels_last, sizeof(accumulator<T>));
+  const int64_t area = s.out_height * s.out_width, pixels = std::max(s.height * s.width, area),
+                element = sizeof(accumulator<T>);
+  const Cut cut = channels_last ? Cut::whole(s) : Cut(s, kPlaneTile, pixels * element);
   const int64_t groups = std::clamp<int64_t>(kEnoughItems / (s.batch * cut.ranges), 1, s.rois);
-  const int64_t grain = grain_of(cut.range * s.out_height * s.out_width * s.rois / groups);
+  const int64_t grain = grain_of(cut.range * area * s.rois / groups);
   torch::stable::parallel_for(0, s.batch * cut.ranges * groups, grain, [&](int64_t begin, int64_t end) {
-    Worker<T, R> worker(s, rois, channels_last);
+    Worker<T, R> worker(s, rois, channels_last, channels_last, cut.range);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / (cut.ranges * groups), group = item / cut.ranges % groups,
                     first = item % cut.ranges * cut.range;
@@ -286,12 +323,12 @@ void forward(const T* features, const R* rois, T* out, const Shape& s, bool chan
   });
 }
 
-// Adds the tiles' terms in their fixed order.
+// Adds the ranges' terms in their fixed order.
 template <class R>
-void finish_rois(const double* terms, int64_t tiles, const Shape& s, R* grad_rois) {
+void finish_rois(const double* terms, int64_t ranges, const Shape& s, R* grad_rois) {
   for (int64_t n = 0; n < s.batch * s.rois; ++n) {
     double sums[kTerms] = {};
-    for (int64_t tile = 0; tile < tiles; ++tile) {
+    for (int64_t range = 0; range < ranges; ++range) {
       for (int k = 0; k < kTerms; ++k) sums[k] += *terms++;
     }
     to_roi_gradient(sums, s, grad_rois + n * s.roi_size());
@@ -301,19 +338,23 @@ void finish_rois(const double* terms, int64_t tiles, const Shape& s, R* grad_roi
 template <class T, class R>
 void backward(const T* grad, const T* features, const R* rois, T* grad_features, R* grad_rois, const Shape& s,
               bool channels_last) {
-  const Cut cut(s, channels_last, 2 * sizeof(accumulator<T>));
-  std::vector<double> terms(grad_rois ? s.batch * s.rois * cut.tiles * kTerms : 0);
-  const int64_t grain = grain_of(cut.range * s.out_height * s.out_width * s.rois);
+  // Gradients are summed in place only where their own type holds the sums.
+  const bool in_place = channels_last && std::is_same_v<T, accumulator<T>>;
+  const int64_t area = s.out_height * s.out_width, pixels = std::max(s.height * s.width, area),
+                element = sizeof(accumulator<T>);
+  const Cut cut(s, least_range(s, channels_last), in_place ? 0 : 2 * pixels * element);
+  std::vector<double> terms(grad_rois ? s.batch * s.rois * cut.ranges * kTerms : 0);
+  const int64_t grain = grain_of(cut.range * area * s.rois);
   torch::stable::parallel_for(0, s.batch * cut.ranges, grain, [&](int64_t begin, int64_t end) {
-    Worker<T, R> worker(s, rois, channels_last);
+    Worker<T, R> worker(s, rois, channels_last, in_place, cut.range);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t b = item / cut.ranges, first = item % cut.ranges * cut.range;
-      double* to = grad_rois ? terms.data() + (b * s.rois * cut.tiles + first / cut.tile) * kTerms : nullptr;
+      const int64_t b = item / cut.ranges, range = item % cut.ranges, first = range * cut.range;
+      double* to = grad_rois ? terms.data() + (b * s.rois * cut.ranges + range) * kTerms : nullptr;
       worker.backward(b, first, std::min(first + cut.range, s.channels), grad, features, grad_features, to,
-                      cut.tiles * kTerms);
+                      cut.ranges * kTerms);
     }
   });
-  if (grad_rois) finish_rois(terms.data(), cut.tiles, s, grad_rois);
+  if (grad_rois) finish_rois(terms.data(), cut.ranges, s, grad_rois);
 }
 
 Shape shape_of(const Tensor& features, const Tensor& rois, int64_t out_height, int64_t out_width,
