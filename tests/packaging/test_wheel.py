@@ -253,6 +253,6 @@ def test_sdist_holds_all_that_a_build_needs(full_tree: Path) -> None:
     (sdist,) = (full_tree / "dist").glob("*.zip")
     with zipfile.ZipFile(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.namelist()}
-    needed = {"setup.py", "pyproject.toml", "LICENSE", "README.md"}
+    needed = {"setup.py", "build_kernels.py", "pyproject.toml", "LICENSE", "README.md"}
     needed |= {str(path.relative_to(full_tree)) for path in (full_tree / "csrc").rglob("*") if path.is_file()}
     assert needed <= names
