@@ -157,6 +157,29 @@ def test_tf32_where_pytorch_may_use_it(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("device", DEVICES[:2])
+def test_nothing_is_read_after_a_sequences_end(
+    device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither of x, nor of the incoming gradient, nor of what the forward pass saved."""
+    monkeypatch.setenv("AUFAST_EMULATED_DEVICE", device)
+    inputs, lengths = SIZES["primes"].tensors(dtype)
+    assert lengths.min() < inputs[0].shape[1]
+    after = torch.arange(inputs[0].shape[1]) >= lengths[:, None]  # (B, T)
+    grads, found = gru_grads(inputs), []
+    for filler in (0.0, torch.nan):
+        inputs[0][after] = filler
+        grads[0][after] = filler
+        out, h_last, saved = graph_gru_cuda.graph_gru(*inputs, lengths, 0, True)
+        saved[after] = filler
+        gradients = graph_gru_cuda.graph_gru_backward(*grads, *inputs, lengths, out, saved, 0, 0b1111111111)
+        found.append([out, h_last, *gradients])
+    for expected, value in zip(*found, strict=True):
+        assert torch.equal(value, expected)
+    assert found[1][2][after].eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", ["primes", "sixteens", "turns", "two-supports"])
 @pytest.mark.parametrize("device", ["sm_90", "sm_80"])
 def test_the_order_of_threads_does_not_matter(
