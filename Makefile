@@ -21,7 +21,7 @@ help:
 	@echo 'make clean   remove what was built, but not $(VENV)'
 	@echo
 	@echo 'PYTHON=python3.12 chooses the interpreter. PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu'
-	@echo 'gets the small torch without CUDA. setup.py lists the variables of the build.'
+	@echo 'gets the small torch without CUDA. build_kernels.py lists the variables of the build.'
 
 # --- set-up -------------------------------------------------------------------------------------------------------
 
@@ -40,7 +40,7 @@ $(VENV)/.dlib: $(VENV)/.torch
 	@touch $@
 
 # Compiles nothing yet: pip would hide it.
-$(VENV)/.installed: $(VENV)/.dlib pyproject.toml setup.py
+$(VENV)/.installed: $(VENV)/.dlib pyproject.toml setup.py build_kernels.py
 	@echo '[3/4] aufast and its tools'
 	AUFAST_SKIP_EXT=1 $(PIP) install -c constraints.txt -e '.[dev]'
 	@touch $@

@@ -1,41 +1,12 @@
-"""The build of aufast: pyproject.toml has the metadata, this compiles csrc/ and is its own build backend.
+"""The package of aufast: pyproject.toml has the metadata; this is its own build backend.
 
-Each device's sources become one plain shared library against LibTorch's stable ABI: `aufast/_cpu.so` and
-`aufast/_cuda.so`, loaded by `torch.ops.load_library`. They hold no Python symbol, so one build serves every
-Python and every torch from 2.11 on. Torch is never imported here: its folder holds the headers and libraries,
-its version.py the rest. What was built, with what, and why something was not, is printed at the end and kept
-in `aufast/_build.json`, since pip hides the output of a build.
-
-Environment:
-    AUFAST_SKIP_EXT=1     compile nothing; the reference computes
-    AUFAST_SKIP_CUDA=1    compile no CUDA
-    FORCE_CUDA=1          compile CUDA although the torch found has none (as in a container without a GPU)
-    TORCH_CUDA_ARCH_LIST  GPU architectures, as "8.0;9.0a+PTX"
-    MAX_JOBS              compilations at once; default from the processors and the free memory
-    CXX, CXXFLAGS, LDFLAGS, CUDA_HOME, NVCC_FLAGS   the usual meanings
-    DEBUG=1               -O0 -g
-    AUFAST_SANITIZE       as "address,undefined": instrument the CPU library (see `make asan`)
+`build_kernels.py` compiles csrc/ and lists the variables of the environment that it looks at.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import importlib.util
-import json
-import os
-import platform
-import re
-import shlex
 import shutil
-import site
-import subprocess
-import sys
-import sysconfig
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import setuptools
 from setuptools import build_meta
@@ -44,74 +15,17 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.dist import Distribution
 from setuptools.errors import CompileError
 
+import build_kernels
+
 ROOT = Path(__file__).resolve().parent
-CSRC = ROOT / "csrc"
-SUFFIXES = {"cpu": ".cpp", "cuda": ".cu"}
-
-TORCH_FLOOR = (2, 11)
-TORCH_REQUIREMENT = f"torch>={TORCH_FLOOR[0]}.{TORCH_FLOOR[1]}"
-TARGET = f"-DTORCH_TARGET_VERSION=0x{TORCH_FLOOR[0]:02x}{TORCH_FLOOR[1]:02x}000000000000"
-STANDARD = "-std=c++20"
-# PTX of 8.0 runs on every later GPU; 9.0a adds Hopper's own instructions, and its PTX would run nowhere else.
-CUDA_ARCHITECTURES = "8.0+PTX;9.0a"
-GIB_PER_JOB = 2
-
-
-def flag(name: str) -> bool:
-    return os.environ.get(name, "0").upper() in ("1", "ON", "YES", "TRUE", "Y")
-
-
-# ----------------------------------------------------------------------------------------------------
-# Torch: found, not imported
-
-
-class Torch(NamedTuple):
-    folder: Path
-    version: str
-    cuda: str | None  # the CUDA it was built with
-
-    @property
-    def new_enough(self) -> bool:
-        numbers = re.match(r"(\d+)\.(\d+)", self.version)
-        return numbers is not None and tuple(map(int, numbers.groups())) >= TORCH_FLOOR
-
-
-def site_folders() -> list[str]:
-    """The folders this interpreter imports from, also those that a build isolation hides."""
-    folders = [
-        sysconfig.get_path("purelib"),
-        sysconfig.get_path("platlib"),
-        *site.getsitepackages([sys.prefix]),
-    ]
-    config = Path(sys.prefix, "pyvenv.cfg")
-    if not config.exists() or re.search(r"include-system-site-packages\s*=\s*true", config.read_text()):
-        folders += [*site.getsitepackages([sys.base_prefix]), site.getusersitepackages()]
-    return [*folders, *sys.path]
-
-
-def find_torch() -> Torch | None:
-    """The first torch that is new enough, else the first one, else None."""
-    found = None
-    for site_folder in site_folders():
-        version_file = Path(site_folder, "torch", "version.py")
-        if not version_file.is_file():
-            continue
-        text = version_file.read_text()
-        version = re.search(r"^__version__ = '([^']+)'", text, re.MULTILINE)
-        cuda = re.search(r"^cuda\b.*= '([^']+)'", text, re.MULTILINE)
-        torch = Torch(version_file.parent, version[1] if version else "unknown", cuda[1] if cuda else None)
-        if torch.new_enough:
-            return torch
-        found = found or torch
-    return found
 
 
 def torch_requirement() -> list[str]:
     """Torch, only where the interpreter has none: a second one is never downloaded."""
-    torch = find_torch()
-    if flag("AUFAST_SKIP_EXT") or (torch is not None and torch.new_enough):
+    torch = build_kernels.find_torch()
+    if build_kernels.flag("AUFAST_SKIP_EXT") or (torch is not None and torch.new_enough):
         return []
-    return [TORCH_REQUIREMENT]
+    return [build_kernels.TORCH_REQUIREMENT]
 
 
 def get_requires_for_build_wheel(config_settings: dict | None = None) -> list[str]:
@@ -120,259 +34,6 @@ def get_requires_for_build_wheel(config_settings: dict | None = None) -> list[st
 
 def get_requires_for_build_editable(config_settings: dict | None = None) -> list[str]:
     return build_meta.get_requires_for_build_editable(config_settings) + torch_requirement()
-
-
-# ----------------------------------------------------------------------------------------------------
-# Tools
-
-
-class Unavailable(Exception):
-    """Why a library cannot be built here, as one sentence for people."""
-
-
-def output(command: list[str], text: str = "") -> str | None:
-    """What a command prints, or None where it does not exist or fails."""
-    try:
-        done = subprocess.run(command, input=text, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout
-
-
-@functools.cache
-def find_compiler() -> tuple[list[str], str]:
-    """The C++ compiler's command and its name with version. Raises Unavailable."""
-    if "CXX" in os.environ:
-        candidates = [shlex.split(os.environ["CXX"])]
-    else:
-        candidates = [["g++"], ["clang++"], ["c++"]]
-    for command in candidates:
-        about = output([*command, "--version"]) if command else None
-        versions = re.findall(r"\d+\.\d+\.\d+", about.splitlines()[0]) if about else []
-        if not versions:
-            continue
-        name = f"{Path(command[-1]).name} {versions[-1]}"
-        probe = [*command, STANDARD, "-fsyntax-only", "-x", "c++", "-"]
-        if output(probe, "#include <vector>\n#include <bit>\nint main() {}\n") is None:
-            raise Unavailable(f"{name} cannot compile C++20 (g++ 11 or later can)")
-        return command, name
-    tried = " or ".join(shlex.join(command) for command in candidates)
-    raise Unavailable(
-        f"no C++ compiler was found (tried {tried}); install g++ 11 or later, then aufast again"
-    )
-
-
-@functools.cache
-def find_nvcc() -> tuple[str, str]:
-    """nvcc's path and version. Raises Unavailable."""
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
-    candidates = [str(Path(home, "bin", "nvcc")) for home in homes] or ["nvcc", "/usr/local/cuda/bin/nvcc"]
-    for nvcc in candidates:
-        version = re.search(r"release ([\d.]+)", output([nvcc, "--version"]) or "")
-        if version:
-            return nvcc, version[1]
-    raise Unavailable(f"nvcc was not found (looked for {' or '.join(candidates)}); set CUDA_HOME")
-
-
-def find_ninja() -> str:
-    """ninja from its PyPI package, else from PATH. Raises Unavailable."""
-    if importlib.util.find_spec("ninja"):
-        import ninja
-
-        return str(Path(ninja.BIN_DIR, "ninja"))
-    found = shutil.which("ninja")
-    if found is None:
-        raise Unavailable("ninja was not found; pip install ninja and install aufast again")
-    return found
-
-
-def architecture_flags() -> list[str]:
-    """nvcc's -gencode flags for TORCH_CUDA_ARCH_LIST."""
-    flags = []
-    for entry in os.environ.get("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES).replace(";", " ").split():
-        parts = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", entry)
-        if parts is None:
-            raise CompileError(f"TORCH_CUDA_ARCH_LIST takes entries like 8.0, 9.0a or 9.0+PTX, got {entry!r}")
-        arch = parts[1] + parts[2]
-        flags.append(f"-gencode=arch=compute_{arch},code=sm_{arch}")
-        if parts[3]:
-            flags.append(f"-gencode=arch=compute_{arch},code=compute_{arch}")
-    return flags
-
-
-def job_count() -> int:
-    """Compilations at once: MAX_JOBS, else what this process's processors and the free memory allow."""
-    if "MAX_JOBS" in os.environ:
-        value = os.environ["MAX_JOBS"]
-        if not value.isdigit() or int(value) < 1:
-            raise CompileError(f"MAX_JOBS must be a positive whole number, got {value!r}")
-        return int(value)
-    available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    gib = int(available[1]) // 2**20 if available else GIB_PER_JOB
-    return max(1, min(len(os.sched_getaffinity(0)), gib // GIB_PER_JOB))
-
-
-# ----------------------------------------------------------------------------------------------------
-# What to build
-
-
-class Library(NamedTuple):
-    """One shared library: the commands that make it, or why it is not made (`sources` is empty then)."""
-
-    device: str
-    reason: str
-    sources: tuple[Path, ...] = ()
-    compile: tuple[str, ...] = ()
-    link: tuple[str, ...] = ()
-    link_flags: tuple[str, ...] = ()
-
-
-def count(sources: tuple[Path, ...]) -> str:
-    return f"{len(sources)} source{'' if len(sources) == 1 else 's'}"
-
-
-def cpu_library(torch: Torch, sources: tuple[Path, ...]) -> Library:
-    command, compiler = find_compiler()
-    flags = [STANDARD, "-fPIC", "-fvisibility=hidden", TARGET]
-    # GCC's own vector headers read a value before setting it, their way to say "any value".
-    flags += [
-        "-Wall",
-        "-Wno-psabi",
-        "-Wno-maybe-uninitialized",
-        "-Wno-uninitialized",
-        "-isystem",
-        str(torch.folder / "include"),
-    ]
-    flags += ["-O0", "-g"] if flag("DEBUG") else ["-O3", "-DNDEBUG"]
-    # Nothing is exported, so that no template compiled for one CPU can ever stand in for another library's.
-    link_flags = ["-Wl,--version-script=hidden.map", f"-L{torch.folder / 'lib'}", "-ltorch_cpu"]
-    sanitizers = os.environ.get("AUFAST_SANITIZE")
-    if sanitizers:
-        instrument = [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer"]
-        # What the sanitizers look for does not depend on it, and -O3 takes them much longer to compile.
-        flags += [*instrument, "-fno-sanitize-recover=all", "-g", "-O1"]
-        link_flags += instrument
-    else:
-        link_flags += ["-Wl,-z,defs"]  # a symbol that torch does not have fails here, not at import
-    flags += shlex.split(os.environ.get("CXXFLAGS", ""))
-    link_flags += shlex.split(os.environ.get("LDFLAGS", ""))
-    reason = f"{count(sources)} with {compiler}, torch {torch.version} headers"
-    if sanitizers:
-        reason += f", sanitizers {sanitizers}"
-    if flag("DEBUG"):
-        reason += ", debug"
-    return Library("cpu", reason, sources, (*command, *flags), tuple(command), tuple(link_flags))
-
-
-def cuda_library(torch: Torch, sources: tuple[Path, ...]) -> Library:
-    if flag("AUFAST_SKIP_CUDA"):
-        raise Unavailable("AUFAST_SKIP_CUDA is set")
-    if torch.cuda is None and not flag("FORCE_CUDA"):
-        raise Unavailable(f"torch {torch.version} has no CUDA (FORCE_CUDA=1 builds it all the same)")
-    if os.environ.get("AUFAST_SANITIZE"):
-        raise Unavailable("AUFAST_SANITIZE instruments the CPU library only")
-    compiler, _ = find_compiler()
-    nvcc, version = find_nvcc()
-    architectures = architecture_flags()
-    host = ["-ccbin", compiler[-1]]
-    flags = [STANDARD, TARGET, "-DUSE_CUDA", "-isystem", str(torch.folder / "include"), *architectures]
-    flags += ["-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wno-psabi", "--expt-relaxed-constexpr"]
-    flags += ["-O0", "-g", "-G"] if flag("DEBUG") else ["-O3", "-DNDEBUG"]
-    flags += shlex.split(os.environ.get("NVCC_FLAGS", ""))
-    link_flags = ["-cudart=static", "-Xlinker=--version-script=hidden.map", "-Xlinker=--no-as-needed"]
-    link_flags += [f"-L{torch.folder / 'lib'}", "-ltorch_cpu", "-L.", "-ltorch_cuda"]
-    names = " ".join(sorted({flag.rpartition("=")[2] for flag in architectures}))
-    reason = f"{count(sources)} with nvcc {version} for {names}, "
-    reason += f"torch {torch.version} headers (its CUDA: {torch.cuda or 'none'})"
-    return Library("cuda", reason, sources, (nvcc, *host, *flags), (nvcc, *host), tuple(link_flags))
-
-
-@functools.cache
-def plan() -> tuple[Library, ...]:
-    """Every library, to be built or with the reason why not."""
-    torch = find_torch()
-    libraries = []
-    for device, make in (("cpu", cpu_library), ("cuda", cuda_library)):
-        sources = tuple(sorted((CSRC / device).glob(f"*{SUFFIXES[device]}")))
-        try:
-            if flag("AUFAST_SKIP_EXT"):
-                raise Unavailable("AUFAST_SKIP_EXT is set")
-            if not sys.platform.startswith("linux"):
-                raise Unavailable(f"compiled kernels are built on Linux only, this is {platform.system()}")
-            if not sources:
-                raise Unavailable(f"there are no sources in csrc/{device}")
-            if torch is None or not torch.new_enough:
-                found = f"torch {torch.version}" if torch else "no torch"
-                raise Unavailable(f"compiling needs {TORCH_REQUIREMENT}, found {found}")
-            find_ninja()
-            libraries.append(make(torch, sources))
-        except Unavailable as reason:
-            libraries.append(Library(device, str(reason)))
-    return tuple(libraries)
-
-
-# ----------------------------------------------------------------------------------------------------
-# ninja
-
-
-def escape(text: str) -> str:
-    """A path in a build line of ninja."""
-    return text.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
-
-
-def command(arguments: tuple[str, ...]) -> str:
-    """A shell command inside a rule of ninja."""
-    return shlex.join(arguments).replace("$", "$$")
-
-
-def ninja_file(libraries: list[Library]) -> str:
-    """build.ninja: two rules for every library; header dependencies come from the compiler's depfiles."""
-    lines = []
-    for device, _, sources, compile_, link, link_flags in libraries:
-        lines += [
-            f"rule compile_{device}",
-            f"  command = {command(compile_)} -MD -MF $out.d -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "  description = compile $in",
-            f"rule link_{device}",
-            f"  command = {command(link)} -shared -o $out $in {command(link_flags)}",
-            "  description = link $out",
-        ]
-        objects = [escape(f"{device}/{source.stem}.o") for source in sources]
-        for source, built in zip(sources, objects, strict=True):
-            lines.append(f"build {built}: compile_{device} {escape(str(source))}")
-        lines.append(f"build _{device}.so: link_{device} {' '.join(objects)} | hidden.map")
-    return "\n".join(lines) + "\n"
-
-
-def torch_cuda_stand_in(folder: Path) -> None:
-    """An empty libtorch_cuda.so: FORCE_CUDA records the name where a CPU torch has no such file."""
-    compiler, _ = find_compiler()
-    target = folder / "libtorch_cuda.so"
-    flags = ["-shared", "-Wl,-soname,libtorch_cuda.so", "-x", "c++", os.devnull, "-o", str(target)]
-    subprocess.run([*compiler, *flags], check=True)
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One build at a time in this folder; the lock ends with its process, so none is ever stale."""
-    import fcntl  # Unix only, as the compiled part is
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def write_atomically(target: Path, content: bytes) -> None:
-    """Put a file in place whole: a process that has the old one loaded keeps the old one."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    with open(handle, "wb") as file:
-        file.write(content)
-        os.fchmod(file.fileno(), 0o644)
-    os.replace(temporary, target)
 
 
 class BuildKernels(setuptools.Command):
@@ -394,11 +55,12 @@ class BuildKernels(setuptools.Command):
         self.set_undefined_options("build", ("build_lib", "build_lib"))
 
     def outputs(self) -> list[str]:
-        built = [f"aufast/_{library.device}.so" for library in plan() if library.sources]
+        built = [f"aufast/_{library.device}.so" for library in build_kernels.plan() if library.sources]
         return [*built, "aufast/_build.json"]
 
     def get_source_files(self) -> list[str]:
-        return [str(path.relative_to(ROOT)) for path in sorted(CSRC.rglob("*")) if path.is_file()]
+        files = [path for path in sorted(build_kernels.CSRC.rglob("*")) if path.is_file()]
+        return [str(path.relative_to(ROOT)) for path in files]
 
     def get_outputs(self) -> list[str]:
         return [str(Path(self.build_lib, name)) for name in self.outputs()]
@@ -408,51 +70,10 @@ class BuildKernels(setuptools.Command):
 
     def run(self) -> None:
         package = (ROOT if self.inplace or self.editable_mode else Path(self.build_lib)) / "aufast"
-        to_build = [library for library in plan() if library.sources]
-        if to_build:
-            self.compile(to_build, package)
-        for library in plan():
-            if not library.sources:  # an older build's library must not be taken for this one's
-                (package / f"_{library.device}.so").unlink(missing_ok=True)
-        self.report(package)
-
-    def compile(self, libraries: list[Library], package: Path) -> None:
-        kind = "sanitize" if os.environ.get("AUFAST_SANITIZE") else "debug" if flag("DEBUG") else "release"
-        folder = ROOT / "build" / kind
-        with locked(folder):
-            (folder / "build.ninja").write_text(ninja_file(libraries))
-            hidden = folder / "hidden.map"
-            if not hidden.exists():
-                hidden.write_text("{ local: *; };\n")
-            if any(library.device == "cuda" for library in libraries):
-                torch_cuda_stand_in(folder)
-            done = subprocess.run([find_ninja(), "-C", str(folder), "-j", str(job_count())])
-            if done.returncode:
-                raise CompileError(
-                    "compiling csrc/ failed, the compiler's messages are above; "
-                    "AUFAST_SKIP_EXT=1 installs aufast without its compiled part"
-                )
-            for library in libraries:
-                name = f"_{library.device}.so"
-                write_atomically(package / name, (folder / name).read_bytes())
-
-    def report(self, package: Path) -> None:
-        """Print what was built and why, and keep it for `aufast.backends()`."""
-        torch = find_torch()
         try:
-            compiler = find_compiler()[1]
-        except Unavailable:
-            compiler = None
-        facts = {"torch": torch and torch.version, "compiler": compiler}
-        for library in plan():
-            facts[library.device] = {"built": bool(library.sources), "reason": library.reason}
-        write_atomically(package / "_build.json", json.dumps(facts, indent=2).encode() + b"\n")
-        print("aufast: what was built")
-        for library in plan():
-            print(f"  {library.device:5}{'built' if library.sources else 'not built'}: {library.reason}")
-        if not any(library.sources for library in plan()):
-            print("  every operator works through its reference in plain PyTorch, only slower")
-        sys.stdout.flush()
+            build_kernels.build(package)
+        except build_kernels.BuildError as error:
+            raise CompileError(str(error)) from None
 
 
 class Wheel(bdist_wheel):
@@ -464,7 +85,7 @@ class Wheel(bdist_wheel):
         super().run()
 
     def get_tag(self) -> tuple[str, str, str]:
-        compiled = any(library.sources for library in plan())
+        compiled = any(library.sources for library in build_kernels.plan())
         return "py3", "none", super().get_tag()[2] if compiled else "any"
 
 

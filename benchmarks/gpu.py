@@ -10,21 +10,24 @@ A record has the format of `benchmarks/results/`, so `python -m benchmarks.table
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import aufast
+from aufast.files import write_whole
 from benchmarks import gpu_cases, gpu_checks, table
 from benchmarks.harness import Run, WrongResultError, check, compiler, work
 
@@ -33,6 +36,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 FLUSHED = 1 << 30  # bytes written before a round: empties the second cache, and gives time to queue a call
 SECONDS, ROUNDS = 0.25, (10, 200)  # of a run
 COPIED, MATRIX = 1 << 28, 8192
+COMPILING = 240.0  # seconds that one compiled run may take
 
 
 def measure(call: Callable[[], object], device: str) -> dict[str, float | int]:
@@ -148,24 +152,60 @@ def timed(run: Run, device: str) -> dict[str, Any]:
     return run.facts() | {key: stats[key] for key in ("median", "iqr", "rounds")}
 
 
+class OutOfTime(BaseException):
+    """Past every `except Exception` of a compiler."""
+
+
+@contextlib.contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Raise OutOfTime in what takes longer."""
+
+    def stop(*_: object) -> None:
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def record(
-    runs: list[Run], device: str, seconds: float, found: dict[str, dict[str, Any]]
+    runs: list[Run], device: str, seconds: float, found: dict[str, dict[str, Any]], path: Path
 ) -> tuple[dict[str, Any], list[str]]:
-    """Time every run as long as there is time; the record, and the runs that were wrong or left out."""
+    """Time every run as long as there is time; the record, and the runs that were wrong or left out.
+
+    The record is written after every run: whatever ends this process, what was measured is there.
+    """
     results, left = [], []
+    written = about(device) | {"ceilings": found, "results": results, "not timed": left}
     begin = time.perf_counter()
     for run in runs:
         name = f"{run.case.operator} {run}"
-        if time.perf_counter() - begin > seconds:
+        rest = seconds - (time.perf_counter() - begin)
+        if rest < 0:
             left.append(f"{name}: no time left")
             continue
+        limit = min(rest, COMPILING) if run.provider in gpu_cases.COMPILED else None
         try:
-            results.append(timed(run, device))
+            with contextlib.nullcontext() if limit is None else limited(limit):
+                results.append(timed(run, device))
             print(f"  {results[-1]['median'] * 1e6:12.1f} µs  {name}", flush=True)
+        except OutOfTime:
+            left.append(f"{name}: not compiled and timed within {limit:.0f} s")
+            print(f"  not timed        {left[-1]}", flush=True)
         except (WrongResultError, RuntimeError) as error:
             left.append(f"{name}: {' '.join(str(error).split())[:300]}")
             print(f"  not timed        {left[-1]}", flush=True)
-    return about(device) | {"ceilings": found, "results": results}, left
+        keep(written, path)
+    keep(written, path)
+    return written, left
+
+
+def keep(written: dict[str, Any], path: Path) -> None:
+    write_whole(path, (json.dumps(written, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def run_checks(device: str, names: list[str]) -> int:
@@ -196,13 +236,13 @@ def run_times(options: argparse.Namespace) -> int:
     for name, ceiling in found.items():
         print(f"  {ceiling['rate'] / 1e9:12.1f} G/s  {name}", flush=True)
     cases = [case for name in options.names for case in gpu_cases.CASES[name](options.device)]
-    runs = gpu_cases.runs(cases, options.device, options.compiled)
+    runs = gpu_cases.runs(cases, options.device)
     kept = [run for run in runs if options.only in f"{run.case.operator} {run}"]
-    written, left = record(kept, options.device, 60 * options.minutes, found)
-    gpu = written["machine"].get("gpu", "cpu").lower().replace(" ", "-")
-    path = options.out or RESULTS / "local" / f"{written['date'][:10]}-{gpu}-{'-'.join(options.names)}.json"
+    gpu = torch.cuda.get_device_name().lower().replace(" ", "-") if options.device == "cuda" else "cpu"
+    now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d-%H%M%S")
+    path = options.out or RESULTS / "local" / f"{now}-{gpu}-{'-'.join(options.names)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n")
+    written, left = record(kept, options.device, 60 * options.minutes, found, path)
     print(table.render(written))
     print(*("not timed: " + line for line in left), f"kept in {path}", sep="\n")
     return len(left)
@@ -218,7 +258,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     times.add_argument("names", nargs="*", metavar="OPERATOR", help=f"of {', '.join(gpu_cases.CASES)}")
     times.add_argument("--minutes", type=float, default=8.0, help="start no run after (default: %(default)s)")
     times.add_argument("--only", default="", metavar="TEXT", help="runs whose name holds this")
-    times.add_argument("--compiled", action="store_true", help="also the compiled graph-GRU: minutes each")
     times.add_argument("--out", type=Path, metavar="FILE", help="the record; default: in results/local/")
     tables = stages.add_parser("bars", help="the table of records")
     tables.add_argument("records", nargs="+", type=Path, metavar="RECORD.json")

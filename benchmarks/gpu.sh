@@ -1,19 +1,20 @@
 #!/bin/sh
 # Build, check and time aufast on this machine's GPU. It needs the repository, a Python with torch >= 2.11 for CUDA,
-# and nvcc; each stage is meant to fit ten minutes.
+# and nvcc with its C++ compiler, no other package. Each stage alone is meant to fit ten minutes; all of them together
+# time for up to half an hour.
 #
 #   benchmarks/gpu.sh                            build, check, sanitize, time
 #   benchmarks/gpu.sh build                      compile csrc/, into build/gpu
-#   benchmarks/gpu.sh check [NAME...]            agreement, same bits, streams, CUDA graphs, beyond 2^31 elements
+#   benchmarks/gpu.sh check [NAME...]            agreement, the papers' sizes, same bits, streams, …
 #   benchmarks/gpu.sh sanitize [TOOL...]         memcheck, racecheck, initcheck of compute-sanitizer
-#   benchmarks/gpu.sh time [OPERATOR...] [--minutes M] [--only TEXT] [--compiled] [--out FILE]
+#   benchmarks/gpu.sh time [OPERATOR...] [--minutes M] [--only TEXT] [--out FILE]
 #
-# Records go to benchmarks/results/local/; one worth keeping is copied up by hand. PYTHON names the interpreter.
+# Records go to benchmarks/results/local/, written after every run; one worth keeping is copied up by hand. PYTHON names the interpreter.
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 
-# The package as it would be installed, ahead of the sources; `under` is a tool that watches.
+# The package as it would be installed, gathered without an installer, ahead of the sources; `under` is a tool that watches.
 under=
 run() {
   program=$1
@@ -22,7 +23,11 @@ run() {
 }
 
 build() {
-  FORCE_CUDA=1 "$PYTHON" setup.py -q build --build-lib build/gpu
+  rm -rf build/gpu
+  mkdir -p build/gpu
+  cp -R aufast build/gpu/aufast
+  cp -R kernels build/gpu/aufast/kernels
+  FORCE_CUDA=1 "$PYTHON" build_kernels.py build/gpu/aufast
   run aufast.cli backends
   "$PYTHON" -c 'import json, sys; cuda = json.load(open("build/gpu/aufast/_build.json"))["cuda"]
 sys.exit(None if cuda["built"] else "the CUDA part was not built: " + cuda["reason"])'
@@ -53,7 +58,7 @@ case $stage in
   all)
     build
     run benchmarks.gpu check
-    run benchmarks.gpu time
+    run benchmarks.gpu time --minutes 30
     sanitize # last: it takes long, and some virtual machines refuse it the device
     ;;
   *)

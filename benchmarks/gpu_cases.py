@@ -5,6 +5,7 @@ Everything is made on the device that it is asked for; on a CPU the same cases r
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from aufast import ops, reference
 from aufast.ops.backends import can_run
-from benchmarks import peers
+from benchmarks import peers, region_cases
 from benchmarks.harness import Case, Run
 
 BACKENDS = ("cuda", "triton")
@@ -207,7 +208,11 @@ class CuDnn:
 YARDSTICKS = ("cublas", "cudnn")
 
 
-def providers(case: Case, mode: str, dtype: torch.dtype, device: str, compile_: bool) -> dict[str, Callable]:
+# Their 48 unrolled steps take the compiler minutes, so they come last and with a limit.
+COMPILED = ("compiled", "graph")
+
+
+def providers(case: Case, mode: str, dtype: torch.dtype, device: str) -> dict[str, Callable]:
     """Who is timed: the definition, the peers, the yardsticks, and every backend that can run."""
     empty = torch.empty(0, device=device, dtype=dtype)
     ours = getattr(ops, case.operator)
@@ -223,31 +228,51 @@ def providers(case: Case, mode: str, dtype: torch.dtype, device: str, compile_: 
         found["merged"] = peers.roi_crop_merged
         if find_spec("torchvision") and mode == "fwd":
             found["roi_align"] = roi_align
+    if case.operator == "region_conv" and plain:
+        found |= region_cases.PEERS
     if case.operator == "graph_conv":
         found |= {"hoisted": peers.graph_conv_hoisted} if plain else {}
         found |= {"cublas": CuBlas()} if mode == "fwd" else {}
     if case.operator == "graph_gru" and plain:
         found["hoisted"] = peers.graph_gru_hoisted
-        if compile_:
-            found["compiled"] = peers.compiled(peers.graph_gru_hoisted)
+        found["compiled"] = peers.compiled(peers.graph_gru_hoisted)
     if mode == "fwd" and case.operator == "graph_gru":
         found["cudnn"] = CuDnn()
     if device == "cuda" and mode == "fwd" and case.operator == "graph_gru":
         if plain:
-            found["graph"] = Graphed(found.get("compiled", peers.graph_gru_hoisted))
+            found["graph"] = Graphed(found["compiled"])
         fused |= {f"{name}+graph": Graphed(function) for name, function in fused.items()}
     return found | fused
 
 
-CASES = {"roi_crop": roi_crop_cases, "graph_conv": graph_conv_cases, "graph_gru": graph_gru_cases}
+def region_conv_cases(device: str, batch: int = 16) -> list[Case]:
+    """AAR's first region layer."""
+    made = []
+    for grid in region_cases.LAYERS:
+        case = region_cases.case(grid, batch)
+
+        def make(dtype: torch.dtype, make: Callable = case.make) -> tuple[Tensor, ...]:
+            return tuple(t.to(device) for t in make(dtype))
+
+        made.append(dataclasses.replace(case, make=make, dtypes=LOW))
+    return made
 
 
-def runs(cases: list[Case], device: str, compile_: bool) -> list[Run]:
-    """Every run of these cases, the providers of one comparison next to each other."""
-    return [
+CASES = {
+    "roi_crop": roi_crop_cases,
+    "graph_conv": graph_conv_cases,
+    "graph_gru": graph_gru_cases,
+    "region_conv": region_conv_cases,
+}
+
+
+def runs(cases: list[Case], device: str) -> list[Run]:
+    """Every run of these cases, the providers of one comparison next to each other, `COMPILED` at the end."""
+    found = [
         Run(case, mode, dtype, name, function)
         for case in cases
         for mode in case.passes
         for dtype in case.dtypes
-        for name, function in providers(case, mode, dtype, device, compile_).items()
+        for name, function in providers(case, mode, dtype, device).items()
     ]
+    return sorted(found, key=lambda run: run.provider in COMPILED and 1 + (run.mode != "fwd"))

@@ -14,10 +14,11 @@ from aufast.kernels.graph_gru_steps import graph_gru_backward_kernel, graph_gru_
 from aufast.kernels.parameters import (
     SOFTMAX,
     contiguous,
+    gate_gradients,
     node_weights,
-    pool_gradients,
     support_gradient,
     support_matrix,
+    until_ends,
 )
 from aufast.kernels.precision import dot_precision
 from torch import Tensor
@@ -118,7 +119,7 @@ def _all_steps(
     d_gates: Tensor,
     x: Tensor,
     previous: Tensor,
-    saved: Tensor,
+    reset: Tensor,
     matrix: Tensor,
     theta_state: Tensor,
     theta_input: Tensor,
@@ -128,9 +129,7 @@ def _all_steps(
 
     z and r see the mixed state, the candidate the mixed reset state, all three the mixed input.
     """
-    channels = previous.shape[-1]
-    reset = saved[..., channels : 2 * channels] * previous  # (B, T, m, c)
-    cut = 2 * channels
+    cut = 2 * previous.shape[-1]
     d_x, S_x, theta_x = convolve_gradients(d_gates, x.flatten(0, 1), matrix, theta_input, **wanted)
     wanted["x_wanted"] = False
     _, S_zr, theta_zr = convolve_gradients(
@@ -166,32 +165,27 @@ def graph_gru_backward(
     needs: int,
 ) -> tuple[Tensor, ...]:
     """The raw operator `aufast::graph_gru_backward`."""
-    batch, steps, nodes, channels = out.shape
+    channels = out.shape[-1]
     pools = _pools(normalization, W_z, W_r, W_h)
     order = pools[0].shape[1]
     matrix = support_matrix(U, order, normalization)
     theta_state, theta_input = _halves(Q, pools, channels)
     first = torch.zeros_like(out[:, :1]) if h0 is None else h0.to(x.dtype).unsqueeze(1)
-    previous = torch.cat([first, out], dim=1)[
-        :, :steps
-    ].contiguous()  # (B, T, m, c): the state each step starts from
+    # (B, T, m, c): the state each step starts from; T may be 0.
+    previous = torch.cat([first, out[:, :-1]], dim=1)[:, : out.shape[1]]
     d_gates, d_h0 = _walk_back(grad_out, grad_h_last, previous, saved, lengths, matrix, theta_state)
     d_gates = d_gates.flatten(0, 1)  # (B·T, m, 3c)
+    reset = until_ends(saved[..., channels : 2 * channels] * previous, lengths)  # (B, T, m, c)
     d_x, d_matrix, d_theta = _all_steps(
-        d_gates, x, previous, saved, matrix, theta_state, theta_input,
+        d_gates, until_ends(x, lengths), previous, reset, matrix, theta_state, theta_input,
         x_wanted=bool(needs & 1), S_wanted=bool(needs >> 1 & 1), theta_wanted=bool(needs >> 2 & 0b1111),
     )  # fmt: skip
-    d_bias = (
-        d_gates.sum(0, dtype=torch.float32) if b_z is not None and (needs >> 7 or needs >> 2 & 1) else None
-    )
-    bias = None if b_z is None else torch.cat([b_z, b_r, b_h], dim=-1)
-    d_Q, d_pools, d_biases = pool_gradients(d_theta, d_bias, Q, torch.cat(pools, dim=-1), bias)
-    d_pools = (
-        [None] * 3 if d_pools is None else [d.reshape(W_z.shape) for d in d_pools.split(channels, dim=-1)]
-    )
-    d_biases = [None] * 3 if d_biases is None else [d.contiguous() for d in d_biases.split(channels, dim=-1)]
+    d_bias = None
+    if b_z is not None and (needs >> 7 or needs >> 2 & 1):
+        d_bias = d_gates.sum(0, dtype=torch.float32)  # (m, 3c)
+    d_Q, *d_parameters = gate_gradients(d_theta, d_bias, Q, (W_z, W_r, W_h), (b_z, b_r, b_h))
     d_U = support_gradient(d_matrix, U, order, normalization) if needs >> 1 & 1 else None
     if d_x is not None:
         d_x = d_x.view(x.shape)
-    found = (d_x, d_U, d_Q, *d_pools, d_h0 if h0 is not None else None, *d_biases)
+    found = (d_x, d_U, d_Q, *d_parameters[:3], d_h0 if h0 is not None else None, *d_parameters[3:])
     return tuple(x.new_empty(0) if d is None or not needs >> k & 1 else d for k, d in enumerate(found))

@@ -28,6 +28,24 @@ def _wide(i):
 
 
 @triton.jit
+def _rows(t, b, i, steps, nodes):
+    """The rows of node i in a state (B, m, …), and at step t in what holds all steps (B, T, m, …)."""
+    return b * nodes + i, (b * steps + t) * nodes + i
+
+
+@triton.jit
+def _places(row, width, o):
+    """Columns `o` of rows that are `width` long."""
+    return (row * width)[:, None] + o[None, :]
+
+
+@triton.jit
+def _runs(lengths_ptr, t, b, known):
+    """Whether step t lies before a sequence's end."""
+    return t < tl.load(lengths_ptr + b, known, other=0)
+
+
+@triton.jit
 def _tanh(x):
     """Accurate where it saturates: 1 - tanh² is the gradient's factor."""
     e = tl.exp(-2 * tl.abs(x))
@@ -90,10 +108,9 @@ def _update_and_reset(
             o = start + tl.arange(0, BLOCK_OUTS).to(tl.int64)  # z's channels, then r's
             in_out, is_reset = o < 2 * channels, (o >= channels)[None, :]
             known = in_batch[:, None] & in_out[None, :]
-            node = ((b * nodes + i) * channels)[:, None] + tl.where(
-                is_reset, o[None, :] - channels, o[None, :]
-            )
-            gate = (((b * steps + t) * nodes + i) * 3 * channels)[:, None] + o[None, :]
+            state_row, row = _rows(t, b, i, steps, nodes)
+            node = _places(state_row, channels, tl.where(o < channels, o, o - channels))
+            gate = _places(row, 3 * channels, o)
             theta = theta_ptr + _wide(i) * inner * 3 * channels + o
             value = product_tile(
                 zeros, mixed, in_batch, theta, in_out, inner, 1, 3 * channels, PRECISION, BLOCK_INNER
@@ -137,8 +154,8 @@ def _candidate_and_state(
             o = start + tl.arange(0, BLOCK_OUTS).to(tl.int64)
             in_out = o < channels
             known = in_batch[:, None] & in_out[None, :]
-            node = ((b * nodes + i) * channels)[:, None] + o[None, :]
-            gate = (((b * steps + t) * nodes + i) * 3 * channels)[:, None] + o[None, :] + 2 * channels
+            state_row, row = _rows(t, b, i, steps, nodes)
+            node, gate = _places(state_row, channels, o), _places(row, 3 * channels, o + 2 * channels)
             theta = theta_ptr + _wide(i) * inner * 3 * channels + 2 * channels + o
             candidate = product_tile(
                 zeros, mixed, in_batch, theta, in_out, inner, 1, 3 * channels, PRECISION, BLOCK_INNER
@@ -149,12 +166,11 @@ def _candidate_and_state(
             new = z * h + (1 - z) * candidate
             shown = new
             if LENGTHS:
-                running = (t < tl.load(lengths_ptr + b, in_batch, other=0))[:, None]
+                running = _runs(lengths_ptr, t, b, in_batch)[:, None]
                 shown = tl.where(running, new, 0.0)
                 new = tl.where(running, new, h)
             tl.store(state_ptr + node, new, known)
-            step = (((b * steps + t) * nodes + i) * channels)[:, None] + o[None, :]
-            tl.store(out_ptr + step, shown, known)
+            tl.store(out_ptr + _places(row, channels, o), shown, known)
             if SAVE:
                 tl.store(saved_ptr + gate, candidate, known)
 
@@ -275,13 +291,12 @@ def _back_through_update(
         for start in range(0, channels, BLOCK_OUTS):
             o = start + tl.arange(0, BLOCK_OUTS).to(tl.int64)
             known = in_batch[:, None] & (o < channels)[None, :]
-            node = ((b * nodes + i) * channels)[:, None] + o[None, :]
-            step = (((b * steps + t) * nodes + i) * channels)[:, None] + o[None, :]
-            gate = (((b * steps + t) * nodes + i) * 3 * channels)[:, None] + o[None, :]
+            state_row, row = _rows(t, b, i, steps, nodes)
+            node, gate = _places(state_row, channels, o), _places(row, 3 * channels, o)
             grad_row = b * grad_stride_b + _wide(t) * grad_stride_t + _wide(i) * grad_stride_i
             z = tl.load(saved_ptr + gate, known, other=0.0).to(tl.float32)
             candidate = tl.load(saved_ptr + gate + 2 * channels, known, other=0.0).to(tl.float32)
-            before = tl.load(previous_ptr + step, known, other=0.0).to(tl.float32)
+            before = tl.load(previous_ptr + _places(row, channels, o), known, other=0.0).to(tl.float32)
             passed = tl.load(d_state_ptr + node, known, other=0.0)
             grad_ptrs = grad_ptr + grad_row[:, None] + (o * grad_stride_c)[None, :]
             d_h = passed + tl.load(grad_ptrs, known, other=0.0).to(tl.float32)
@@ -289,7 +304,7 @@ def _back_through_update(
             d_candidate = d_h * (1 - z) * (1 - candidate * candidate)
             d_before = d_h * z
             if LENGTHS:
-                running = (t < tl.load(lengths_ptr + b, in_batch, other=0))[:, None]
+                running = _runs(lengths_ptr, t, b, in_batch)[:, None]
                 d_z = tl.where(running, d_z, 0.0)
                 d_candidate = tl.where(running, d_candidate, 0.0)
                 d_before = tl.where(running, d_before, passed)
@@ -306,6 +321,7 @@ def _back_through_mixing(
     previous_ptr,
     matrix_ptr,
     p_ptr,
+    lengths_ptr,
     t,
     first,
     batch,
@@ -314,6 +330,7 @@ def _back_through_mixing(
     order,
     channels,
     RESET: tl.constexpr,
+    LENGTHS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_BATCH: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
@@ -335,6 +352,8 @@ def _back_through_mixing(
                 row = ((sequence * steps + t) * nodes)[None, :] + j[:, None]
                 gate = row * 3 * channels + channels + c[None, :]
                 r = tl.load(saved_ptr + gate, known, other=0.0).to(tl.float32)
+                if LENGTHS:  # what was saved after the end may be NaN
+                    r = tl.where(_runs(lengths_ptr, t, sequence, in_column)[None, :], r, 0.0)
                 before = tl.load(previous_ptr + row * channels + c[None, :], known, other=0.0)
                 d_r = d_before * before.to(tl.float32) * r * (1 - r)
                 tl.store(d_gates_ptr + gate, d_r, known)
@@ -390,8 +409,8 @@ def graph_gru_backward_kernel(
         )  # fmt: skip
         tl.debug_barrier()
         _back_through_mixing(
-            d_gates_ptr, d_state_ptr, saved_ptr, previous_ptr, matrix_ptr, p_ptr, t, first, batch, steps,
-            nodes, order, channels, True, PRECISION, BLOCK_BATCH, BLOCK_COLUMNS,
+            d_gates_ptr, d_state_ptr, saved_ptr, previous_ptr, matrix_ptr, p_ptr, lengths_ptr, t, first,
+            batch, steps, nodes, order, channels, True, LENGTHS, PRECISION, BLOCK_BATCH, BLOCK_COLUMNS,
         )  # fmt: skip
         tl.debug_barrier()
         _back_through_weights(
@@ -400,7 +419,7 @@ def graph_gru_backward_kernel(
         )  # fmt: skip
         tl.debug_barrier()
         _back_through_mixing(
-            d_gates_ptr, d_state_ptr, saved_ptr, previous_ptr, matrix_ptr, p_ptr, t, first, batch, steps,
-            nodes, order, channels, False, PRECISION, BLOCK_BATCH, BLOCK_COLUMNS,
+            d_gates_ptr, d_state_ptr, saved_ptr, previous_ptr, matrix_ptr, p_ptr, lengths_ptr, t, first,
+            batch, steps, nodes, order, channels, False, LENGTHS, PRECISION, BLOCK_BATCH, BLOCK_COLUMNS,
         )  # fmt: skip
         tl.debug_barrier()

@@ -15,6 +15,14 @@ def contiguous(value: Tensor | None) -> Tensor | None:
     return None if value is None else value.contiguous()
 
 
+def until_ends(value: Tensor, lengths: Tensor | None) -> Tensor:
+    """value (B, T, …) with zeros after each sequence's end: what lies there, NaN too, is never read."""
+    if lengths is None:
+        return value
+    after = torch.arange(value.shape[1], device=value.device) >= lengths[:, None]  # (B, T)
+    return value.masked_fill(after.view(*after.shape, *[1] * (value.dim() - 2)), 0)
+
+
 def support_matrix(U: Tensor, order: int, normalization: int) -> Tensor:
     """S as a float32 matrix (m·K, m), row i·K + k: `I + N(R(U Uᵀ))` (AAR eq. 10) or AGCRN's K supports."""
     U = U.float()
@@ -73,3 +81,36 @@ def pool_gradients(
         d_b = (Q.float().T @ d_bias).to(W.dtype)
         d_Q = d_bias @ bias.float().T if d_Q is None else d_Q + d_bias @ bias.float().T
     return None if d_Q is None else d_Q.to(W.dtype).contiguous(), d_W, d_b
+
+
+def gate_gradients(
+    d_theta: Tensor | None,
+    d_bias: Tensor | None,
+    Q: Tensor,
+    pools: tuple[Tensor, Tensor, Tensor],
+    biases: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of Q, of three gates' pools and of their biases, from Θ's and Q·bias's of all gates.
+
+    Args:
+        d_theta: (m, K, cin, 3c) float32, or None where nobody asks.
+        d_bias: (m, 3c) float32, or None.
+        Q: (m, ce).
+        pools: z's, r's and the candidate's (ce, K, cin, c), or (ce, cin, c).
+        biases: three (ce, c), or three times None.
+
+    Returns:
+        Of Q, of each pool and of each bias; None where it was not asked for.
+    """
+    shape, channels = pools[0].shape, pools[0].shape[-1]
+    pool = torch.cat(pools, dim=-1)  # (ce, K, cin, 3c)
+    pool = pool if pool.dim() == 4 else pool.unsqueeze(1)
+    bias = None if biases[0] is None else torch.cat(biases, dim=-1)  # (ce, 3c)
+    d_Q, d_pool, d_biases = pool_gradients(d_theta, d_bias, Q, pool, bias)
+
+    def by_gate(gradient: Tensor | None, shape: torch.Size | tuple[int, ...]) -> tuple[Tensor | None, ...]:
+        if gradient is None:
+            return None, None, None
+        return tuple(part.reshape(shape).contiguous() for part in gradient.split(channels, dim=-1))
+
+    return d_Q, *by_gate(d_pool, shape), *by_gate(d_biases, (shape[0], channels))

@@ -45,6 +45,15 @@ def _activated(x, scale_ptr, shift_ptr, at, in_channels):
 
 
 @triton.jit
+def _back_through_norm(acc, x, d_scale_ptr, d_shift_ptr, scale_ptr, shift_ptr, at, in_channels):
+    """Through ReLU(x · scale + shift): stores the sums for scale and shift, returns the gradient of x."""
+    acc = tl.where(_activated(x, scale_ptr, shift_ptr, at, in_channels) > 0, acc, 0.0)
+    tl.store(d_scale_ptr + at, tl.sum(acc * x, 0), in_channels)
+    tl.store(d_shift_ptr + at, tl.sum(acc, 0), in_channels)
+    return acc * tl.load(scale_ptr + at, in_channels, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
 def region_conv_kernel(
     out_ptr,
     x_ptr,
@@ -154,15 +163,13 @@ def region_conv_input_gradient_kernel(
     for tap in range(9):
         dy, dx = 1 - tap // 3, 1 - tap % 3
         inside = (y + dy >= 0) & (y + dy < patch_height) & (x + dx >= 0) & (x + dx < patch_width) & in_pixels
-        source = (
-            grad_ptr + b * grad_stride_b + (top + y + dy) * grad_stride_y + (left + x + dx) * grad_stride_x
-        )
+        row, column = top + y + dy, left + x + dx
+        source = grad_ptr + b * grad_stride_b + row * grad_stride_y + column * grad_stride_x
         for first in range(0, filters, BLOCK_FILTERS):
             o = first + tl.arange(0, BLOCK_FILTERS).to(tl.int64)
             known = inside[:, None] & (o < filters)[None, :]
-            grad = tl.load(
-                source[:, None] + (o * grad_stride_o)[None, :], known, other=0.0
-            )  # (pixels, filters)
+            # (pixels, filters)
+            grad = tl.load(source[:, None] + (o * grad_stride_o)[None, :], known, other=0.0)
             weight_row = ((patch * 9 + tap) * channels + c) * filters
             weight = tl.load(
                 weight_ptr + weight_row[None, :] + o[:, None],
@@ -174,12 +181,11 @@ def region_conv_input_gradient_kernel(
     if SCALE:
         place = b * stride_b + (top + y) * stride_y + (left + x) * stride_x
         value = tl.load(x_ptr + place[:, None] + (c * stride_c)[None, :], known, other=0.0).to(tl.float32)
-        at = patch * channels + c
-        acc = tl.where(_activated(value, scale_ptr, shift_ptr, at, in_channels) > 0, acc, 0.0)
-        partial = tl.program_id(0).to(tl.int64) * grid * grid * channels + at
-        tl.store(d_scale_ptr + partial, tl.sum(acc * value, 0), in_channels)
-        tl.store(d_shift_ptr + partial, tl.sum(acc, 0), in_channels)
-        acc *= tl.load(scale_ptr + at, in_channels, other=0.0).to(tl.float32)[None, :]
+        partial = tl.program_id(0).to(tl.int64) * grid * grid * channels
+        acc = _back_through_norm(
+            acc, value, d_scale_ptr + partial, d_shift_ptr + partial, scale_ptr, shift_ptr,
+            patch * channels + c, in_channels,
+        )  # fmt: skip
     if D_X:
         place = b * d_stride_b + (top + y) * d_stride_y + (left + x) * d_stride_x
         tl.store(d_x_ptr + place[:, None] + (c * d_stride_c)[None, :], acc, known)

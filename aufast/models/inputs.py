@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from aufast.models.aar import AARConfig
     from aufast.models.margl import MARGLConfig
 
@@ -27,7 +28,10 @@ def to_input(pixels: np.ndarray | Tensor, config: MARGLConfig | AARConfig) -> Te
         TypeError: `pixels` are not uint8.
         ValueError: they have another shape.
     """
-    pixels = torch.from_numpy(np.ascontiguousarray(pixels)) if isinstance(pixels, np.ndarray) else pixels
+    if not isinstance(pixels, Tensor):
+        import numpy as np
+
+        pixels = torch.from_numpy(np.ascontiguousarray(pixels)) if isinstance(pixels, np.ndarray) else pixels
     if not isinstance(pixels, Tensor) or pixels.dtype != torch.uint8:
         kind = pixels.dtype if isinstance(pixels, Tensor) else type(pixels).__name__
         raise TypeError(f"to_input: pixels must be an uint8 array or tensor, got {kind}")

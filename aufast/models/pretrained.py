@@ -9,8 +9,6 @@ import os
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -80,6 +78,8 @@ class Pretrained(nn.Module):
         Args:
             folder: made where it does not exist.
         """
+        import safetensors.torch
+
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         values = dataclasses.asdict(self.config)
@@ -145,6 +145,8 @@ def read_folder(folder: Path) -> Content:
     Raises:
         ValueError: a file is missing, cut short, changed or of a newer format.
     """
+    import safetensors.torch
+
     sums = _read_sums(folder / SUMS)
     files = {name: _read(folder / name) for name in (CONFIG, WEIGHTS)}
     for name, data in files.items():

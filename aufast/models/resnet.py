@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -133,6 +131,8 @@ class ResNet18(nn.Module):
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    import safetensors.torch
+
     try:
         return safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:

@@ -17,13 +17,14 @@ from torch import Tensor
 from aufast.kernels.parameters import (
     SOFTMAX,
     contiguous,
+    gate_gradients,
     node_weights,
-    pool_gradients,
     support_gradient,
     support_matrix,
+    until_ends,
 )
 from aufast.kernels.precision import dot_precision
-from aufast.ops.registration import LIBRARY
+from aufast.ops.registration import LIBRARY, same_device
 from aufast.reference.precision import outside_autocast
 
 # A group of blocks has one for each node, and a cluster no more than 16; a block holds rows of K·c numbers.
@@ -128,12 +129,13 @@ class _Parameters:
         return mixed.flatten(2)
 
 
-def _running(x: Tensor, lengths: Tensor | None) -> Tensor:
-    """x with zeros after each sequence's end: what lies there is never read."""
-    if lengths is None:
-        return x
-    after = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]  # (B, T)
-    return x.masked_fill(after[:, :, None, None], 0)
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of (n, …) matrices in float32: a long sum of float16 numbers may be larger than float16 holds."""
+    if a.dtype == torch.float32:
+        return a @ b
+    if a.device.type == "cuda" and a.numel() and b.numel():
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
 
 
 def graph_gru(
@@ -154,7 +156,7 @@ def graph_gru(
     """The raw operator `aufast::graph_gru`; sizes are those that `cannot_run` lets through."""
     batch, steps, nodes, _ = x.shape
     made = _Parameters(x, U, Q, (W_z, W_r, W_h), normalization)
-    mixed = made.mixed(_running(x, lengths))  # (m, B·T, K·c_in)
+    mixed = made.mixed(until_ends(x, lengths))  # (m, B·T, K·c_in)
     theta_input = made.theta_input.flatten(1, 2)  # (m, K·c_in, 3c)
     if b_z is None:
         gates = mixed @ theta_input
@@ -194,8 +196,8 @@ def graph_gru_backward(
     d_gates, d_h0 = torch.ops.aufast.graph_gru_steps_backward(
         grad_out.contiguous(),
         grad_h_last.contiguous(),
-        out,
-        saved,
+        out.contiguous(),
+        saved.contiguous(),
         _backward_theta(made.theta_state, made.tf32),
         made.supports,
         contiguous(h0),
@@ -203,49 +205,66 @@ def graph_gru_backward(
         made.tf32,
     )
     d_gates = d_gates.view(nodes, batch * steps, 3 * channels)
-    x, parts = _running(x, lengths), []
     first = torch.zeros_like(out[:, :1]) if h0 is None else h0.to(x.dtype).unsqueeze(1)
     previous = torch.cat([first, out[:, :-1]], dim=1)  # (B, T, m, c): the state each step starts from
-    reset = _running(saved[..., channels : 2 * channels] * previous, lengths)  # (B, T, m, c)
-    cut = 2 * channels
-    halves = (  # z and r see the mixed state, the candidate the mixed reset state, all three the mixed input
-        (previous, d_gates[..., :cut], made.theta_state[..., :cut]),
-        (reset, d_gates[..., cut:], made.theta_state[..., cut:]),
-        (x, d_gates, made.theta_input),
+    reset = until_ends(saved[..., channels : 2 * channels] * previous, lengths)  # (B, T, m, c)
+    d_x, d_matrix, d_theta = _all_steps(
+        d_gates, until_ends(x, lengths), previous, reset, made, wanted[0], wanted[1], any(wanted[2:6])
     )
-    d_matrix, d_x = None, None
-    for values, alpha, theta in halves:
-        ours = values is x
-        if any(wanted[2:6]):
-            parts.append((made.mixed(values).transpose(1, 2) @ alpha).float())  # (m, K·rows, columns)
-        if wanted[1] or (ours and wanted[0]):
-            gamma = alpha @ theta.flatten(1, 2).transpose(1, 2)  # (m, B·T, K·rows)
-            gamma = gamma.view(nodes, batch * steps, made.order, values.shape[-1]).transpose(1, 2)
-            gamma = gamma.flatten(2).flatten(0, 1)  # (m·K, B·T·rows)
-            if wanted[1]:
-                by_node = values.flatten(0, 1).transpose(0, 1).flatten(1)  # (m, B·T·rows)
-                product = (gamma @ by_node.T).float()  # (m·K, m)
-                d_matrix = product if d_matrix is None else d_matrix + product
-            if ours and wanted[0]:
-                mixed_back = made.matrix.T.to(x.dtype) @ gamma  # (m, B·T·c_in)
-                d_x = mixed_back.view(nodes, batch * steps, x.shape[-1]).transpose(0, 1).reshape(x.shape)
-    d_theta = None
-    if parts:
-        state, candidate, inputs = (part.view(nodes, made.order, -1, part.shape[-1]) for part in parts)
-        d_theta = torch.cat([torch.cat([state, candidate], dim=-1), inputs], dim=2)  # (m, K, c + c_in, 3c)
     d_bias = None
     if b_z is not None and any(wanted[k] for k in (2, 7, 8, 9)):
         d_bias = d_gates.sum(1, dtype=torch.float32)  # (m, 3c)
-    bias = None if b_z is None else torch.cat([b_z, b_r, b_h], dim=-1)
-    d_Q, d_pool, d_biases = pool_gradients(d_theta, d_bias, Q, made.pool, bias)
-    d_pools = [None] * 3 if d_pool is None else [d.reshape(W_z.shape) for d in d_pool.split(channels, dim=-1)]
-    d_biases = [None] * 3 if d_biases is None else d_biases.split(channels, dim=-1)
+    d_Q, *d_parameters = gate_gradients(d_theta, d_bias, Q, (W_z, W_r, W_h), (b_z, b_r, b_h))
     d_U = support_gradient(d_matrix, U, made.order, normalization) if wanted[1] else None
-    found = (d_x, d_U, d_Q, *d_pools, d_h0 if h0 is not None else None, *d_biases)
+    found = (d_x, d_U, d_Q, *d_parameters[:3], d_h0 if h0 is not None else None, *d_parameters[3:])
     return tuple(
         x.new_empty(0) if d is None or not is_wanted else d.contiguous()
         for d, is_wanted in zip(found, wanted, strict=True)
     )
+
+
+def _all_steps(
+    d_gates: Tensor,
+    x: Tensor,
+    previous: Tensor,
+    reset: Tensor,
+    made: _Parameters,
+    x_wanted: bool,
+    S_wanted: bool,
+    theta_wanted: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x (B, T, m, c_in), S (m·K, m) and the whole Θ (m, K, c + c_in, 3c) over all steps at once.
+
+    z and r see the mixed state, the candidate the mixed reset state, all three the mixed input.
+    """
+    nodes, rows, cut = *d_gates.shape[:2], 2 * previous.shape[-1]
+    halves = (
+        (previous, d_gates[..., :cut], made.theta_state[..., :cut]),
+        (reset, d_gates[..., cut:], made.theta_state[..., cut:]),
+        (x, d_gates, made.theta_input),
+    )
+    d_x, d_matrix, d_thetas = None, None, []
+    for values, alpha, theta in halves:
+        channels, with_x = values.shape[-1], values is x and x_wanted
+        if theta_wanted:
+            d_theta = wide_product(made.mixed(values).transpose(1, 2), alpha)  # (m, K·channels, columns)
+            d_thetas.append(d_theta.view(nodes, made.order, channels, alpha.shape[-1]))
+        if not S_wanted and not with_x:
+            continue
+        gamma = alpha @ theta.flatten(1, 2).transpose(1, 2)  # (m, B·T, K·channels)
+        gamma = gamma.view(nodes, rows, made.order, channels).transpose(1, 2)
+        gamma = gamma.flatten(2).flatten(0, 1)  # (m·K, B·T·channels)
+        if S_wanted:
+            by_node = values.flatten(0, 1).transpose(0, 1).flatten(1)  # (m, B·T·channels)
+            product = wide_product(gamma[None], by_node.T[None])[0]  # (m·K, m)
+            d_matrix = product if d_matrix is None else d_matrix + product
+        if with_x:
+            mixed_back = made.matrix.T.to(x.dtype) @ gamma  # (m, B·T·c_in)
+            d_x = mixed_back.view(nodes, rows, channels).transpose(0, 1).reshape(x.shape)
+    if not theta_wanted:
+        return d_x, d_matrix, None
+    state, candidate, inputs = d_thetas
+    return d_x, d_matrix, torch.cat([torch.cat([state, candidate], dim=-1), inputs], dim=2)
 
 
 def register(fallback: Callable[..., Any], backward_fallback: Callable[..., Any]) -> None:
@@ -264,6 +283,7 @@ def _or_else(kernel: Callable[..., Any], fallback: Callable[..., Any], inputs: i
     @torch.no_grad()
     @outside_autocast
     def launch(*arguments: Any) -> Any:
+        same_device(kernel.__name__, arguments)
         x, W_z = arguments[inputs], arguments[inputs + 3]
         key = x.device.type.upper()
         compiled = torch._C._dispatch_has_kernel_for_dispatch_key("aufast::graph_gru_steps", key)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
+from aufast.ops import backends
 from aufast.reference.precision import outside_autocast
 
 
@@ -161,10 +162,32 @@ def _triton(module: str, name: str, fallback: Callable[..., Any]) -> Callable[..
     def launch(first: Tensor, *rest: Any) -> Any:
         if first.dtype == torch.float64:
             return fallback(first, *rest)
+        same_device(name, (first, *rest))
+        devices = backends._devices["triton"]
+        if first.device.type not in devices:
+            raise ValueError(
+                f"aufast::{name}.triton: the tensors are on {first.device}, and its kernel runs on"
+                f" {' and '.join(devices)}"
+            )
         with torch.cuda.device_of(first):
             return getattr(import_module(f"aufast.kernels.{module}"), name)(first, *rest)
 
     return launch
+
+
+def same_device(name: str, arguments: Sequence[Any]) -> None:
+    """Refuse a raw operator's tensors of different devices: the dispatcher looks at one of them only.
+
+    Raises:
+        ValueError: the argument and both devices.
+    """
+    first, *rest = arguments
+    for k, value in enumerate(rest, start=1):
+        if isinstance(value, Tensor) and value.device != first.device:
+            names = [argument.name for argument in operator(name, "default")._schema.arguments]
+            raise ValueError(
+                f"aufast::{name}: {names[k]} is on {value.device}, but {names[0]} is on {first.device}"
+            )
 
 
 def unwanted(like: Tensor) -> Tensor:

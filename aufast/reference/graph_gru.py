@@ -44,6 +44,9 @@ def graph_gru(
     state_dtype = torch.promote_types(x.dtype, torch.float32)
     h = x.new_zeros(batch, nodes, W_z.shape[-1], dtype=state_dtype) if h0 is None else h0.to(state_dtype)
     b_z, b_r, b_h = biases or (None, None, None)
+    if lengths is not None:  # a NaN after a sequence's end would reach the gradients as 0 · NaN
+        after = torch.arange(steps, device=x.device) >= lengths[:, None]  # (B, T)
+        x = x.masked_fill(after[:, :, None, None], 0)
 
     def conv(inputs: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
         return graph_conv(inputs, U, Q, W, bias, normalization=normalization)

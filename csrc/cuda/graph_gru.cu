@@ -15,6 +15,7 @@
 #include <tuple>
 #include <vector>
 
+#include "arguments.h"
 #include "graph_gru_backward.cuh"
 #include "graph_gru_forward.cuh"
 
@@ -44,8 +45,22 @@ int threads_for(int strips) {
   return static_cast<int>(32 * rounded_up(strips, rounded_up(strips, kMostWarps)));
 }
 
-Walk describe(const Tensor& gates, const Tensor& theta, const Tensor& supports,
-              const OptionalTensor& lengths) {
+// `gates` gives the sizes, the others must fit them.
+Walk describe(const char* what, const Tensor& gates, const Tensor& theta, const Tensor& supports,
+              const OptionalTensor& h0, const OptionalTensor& lengths) {
+  const ScalarType dtype = gates.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+                  what, ": the gates must be float32, bfloat16 or float16");
+  STD_TORCH_CHECK(gates.dim() == 4 && gates.size(3) % 3 == 0 && gates.numel() > 0 && supports.dim() == 3,
+                  what, ": the gates must be (m, B, T, 3c), none of them 0, and the supports (m, K, m)");
+  const int64_t m = gates.size(0), c = gates.size(3) / 3, padded = (c + 15) / 16 * 16, K = supports.size(1);
+  check_argument(what, "gates", gates, dtype, {m, gates.size(1), gates.size(2), 3 * c}, "gates", gates);
+  check_argument(what, "theta", theta, dtype, {m, 3 * K * padded * padded}, "gates", gates);
+  check_argument(what, "supports", supports, ScalarType::Float, {m, K, m}, "gates", gates);
+  if (h0.has_value())
+    check_argument(what, "h0", *h0, ScalarType::Float, {gates.size(1), m, c}, "gates", gates);
+  if (lengths.has_value())
+    check_argument(what, "lengths", *lengths, ScalarType::Long, {gates.size(1)}, "gates", gates);
   Walk w = {};
   w.nodes = static_cast<int>(gates.size(0)), w.batch = gates.size(1), w.steps = gates.size(2);
   w.channels = static_cast<int>(gates.size(3) / 3), w.padded = (w.channels + 15) / 16 * 16;
@@ -192,7 +207,7 @@ auto with_product(ScalarType dtype, bool tf32, const Use& use) {
 std::tuple<Tensor, Tensor, Tensor> graph_gru_steps(const Tensor& gates, const Tensor& theta,
                                                    const Tensor& supports, const OptionalTensor& h0,
                                                    const OptionalTensor& lengths, bool tf32, bool save) {
-  const Walk walk = describe(gates, theta, supports, lengths);
+  const Walk walk = describe("graph_gru_steps", gates, theta, supports, h0, lengths);
   return with_product(gates.scalar_type(), tf32,
                       [&](auto product) { return forward_as<decltype(product)>(gates, walk, h0, save); });
 }
@@ -202,9 +217,16 @@ std::tuple<Tensor, Tensor> graph_gru_steps_backward(const Tensor& grad_out, cons
                                                     const Tensor& theta, const Tensor& supports,
                                                     const OptionalTensor& h0, const OptionalTensor& lengths,
                                                     bool tf32) {
-  const Tensor d_gates =
-      torch::stable::new_empty(saved, {out.size(2), out.size(0), out.size(1), saved.size(3)});
-  const Walk walk = describe(d_gates, theta, supports, lengths);
+  constexpr const char* what = "graph_gru_steps_backward";
+  const ScalarType dtype = out.scalar_type();
+  STD_TORCH_CHECK(out.dim() == 4, what, ": out must be (B, T, m, c)");
+  const int64_t batch = out.size(0), steps = out.size(1), nodes = out.size(2), c = out.size(3);
+  check_argument(what, "out", out, dtype, {batch, steps, nodes, c}, "out", out);
+  check_argument(what, "grad_out", grad_out, dtype, {batch, steps, nodes, c}, "out", out);
+  check_argument(what, "grad_h_last", grad_h_last, ScalarType::Float, {batch, nodes, c}, "out", out);
+  check_argument(what, "saved", saved, dtype, {batch, steps, nodes, 3 * c}, "out", out);
+  const Tensor d_gates = torch::stable::new_empty(saved, {nodes, batch, steps, 3 * c});
+  const Walk walk = describe(what, d_gates, theta, supports, h0, lengths);
   return with_product(out.scalar_type(), tf32, [&](auto product) {
     return backward_as<decltype(product)>(grad_out, grad_h_last, out, saved, d_gates, walk, h0);
   });

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <tuple>
 
+#include "arguments.h"
 #include "roi_crop_backward.cuh"
 #include "roi_crop_forward.cuh"
 
@@ -58,6 +59,7 @@ void launch(const Device& device, void (*kernel)(Arguments), int64_t blocks, int
 
 CropShape shape_of(const Tensor& features, const Tensor& rois, int64_t out_height, int64_t out_width,
                    bool align_corners) {
+  check_device("roi_crop", "rois", rois, "features", features);
   STD_TORCH_CHECK(features.dim() == 4 && (rois.dim() == 3 || rois.dim() == 4), "roi_crop: wrong rank");
   const bool boxes = rois.dim() == 3;
   STD_TORCH_CHECK(
@@ -225,7 +227,12 @@ Tensor roi_crop(Tensor features, Tensor rois, int64_t out_height, int64_t out_wi
 std::tuple<Tensor, Tensor> roi_crop_backward(Tensor grad, Tensor features, Tensor rois, bool align_corners,
                                              int64_t needs) {
   const Device device(features.get_device_index());
+  check_device("roi_crop_backward", "grad", grad, "features", features);
+  STD_TORCH_CHECK(grad.dim() == 5, "roi_crop_backward: grad has a wrong rank");
   const CropShape s = shape_of(features, rois, grad.size(3), grad.size(4), align_corners);
+  STD_TORCH_CHECK(grad.scalar_type() == features.scalar_type() && grad.size(0) == s.batch &&
+                      grad.size(1) == s.rois && grad.size(2) == s.channels,
+                  "roi_crop_backward: grad does not fit the features and the regions");
   const bool channels_last = is_channels_last(features);
   if (channels_last) {
     grad = torch::stable::transpose(torch::stable::transpose(grad, 2, 3), 3, 4);  // (B, R, h, w, C)

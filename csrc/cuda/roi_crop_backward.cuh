@@ -45,10 +45,10 @@ struct Range {
 template <class T, bool kBoxes>
 struct BackwardRoom {
   using A = accumulator<T>;
-  A *grad, *normal_x, *normal_y, *slopes, *sums;
-  Tap<A>* taps;      // boxes: columns, then rows of every region
-  Point<A>* points;  // else
-  Range* ranges;     // boxes: the block's columns of pixels, then its rows, for every region
+  A *grad, *normal_x, *normal_y, *slopes, *sums;  // normal_y: of the rows that are there
+  Tap<A>* taps;                                   // boxes: columns, then rows of every region
+  Point<A>* points;                               // else
+  Range* ranges;  // boxes: the block's columns of pixels, then its rows, for every region
   double* terms;
   int* state;  // kFinite, kReaches
   size_t bytes;
@@ -59,7 +59,7 @@ struct BackwardRoom {
     grad = pieces.take<A>(a.channels_last ? points_at_once * a.stride_point
                                           : a.slices * depth_of<T> * a.stride_channel);
     normal_x = pieces.take<A>(width);
-    normal_y = pieces.take<A>(static_cast<int>(a.s.out_height));
+    normal_y = pieces.take<A>(a.band);
     taps = pieces.take<Tap<A>>(kBoxes ? n * (width + a.band) : 0);
     points = pieces.take<Point<A>>(kBoxes ? 0 : points_at_once);
     ranges = pieces.take<Range>(kBoxes ? n * (a.side_x + a.side_y) : 0);
@@ -99,6 +99,9 @@ __device__ void place_points(const Backward<T>& a, const BackwardRoom<T, kBoxes>
     }
     if (entry == 0) room.state[n] = !region.finite ? 0 : a.squares > 1 ? kFinite : kFinite | kReaches;
   }
+  for (int i = threadIdx.x; i < part.rows; i += blockDim.x)
+    room.normal_y[i] =
+        static_cast<A>(numerator(part.top + i, a.s.out_height) / divisor(a.s.out_height, a.s.align_corners));
 }
 
 // Large maps: regions whose points all lie elsewhere are passed over.
@@ -277,7 +280,7 @@ __device__ void sum_rows(const Backward<T>& a, const BackwardRoom<T, kBoxes>& ro
     double sum = part.top == 0 ? 0.0 : room.terms[i];
     for (int v = 0; v < part.rows; ++v) {
       const auto* row = room.sums + ((n * part.rows + v) * 2 + axis) * 2;
-      sum += factor == 0 ? row[1] : factor == 1 ? row[0] * room.normal_y[part.top + v] : row[0];
+      sum += factor == 0 ? row[1] : factor == 1 ? row[0] * room.normal_y[v] : row[0];
     }
     room.terms[i] = sum;
   }
@@ -299,8 +302,6 @@ __global__ void __launch_bounds__(kMostBackwardThreads)
   A sum[depth_of<T>] = {};
   for (int i = threadIdx.x; i < s.out_width; i += blockDim.x)
     room.normal_x[i] = static_cast<A>(numerator(i, s.out_width) / divisor(s.out_width, s.align_corners));
-  for (int i = threadIdx.x; i < s.out_height; i += blockDim.x)
-    room.normal_y[i] = static_cast<A>(numerator(i, s.out_height) / divisor(s.out_height, s.align_corners));
   for (int first = 0; first < s.rois; first += a.at_once) {
     for (int top = 0; top < s.out_height; top += a.band) {
       const Part part{image, first, min(a.at_once, static_cast<int>(s.rois) - first), top,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -22,6 +26,7 @@ SMALL = [
     *gpu_cases.roi_crop_cases("cpu", 2),
     *gpu_cases.graph_conv_cases("cpu", (3,)),
     *gpu_cases.graph_gru_cases("cpu", (1,)),
+    *gpu_cases.region_conv_cases("cpu", 1),
 ]
 
 
@@ -46,11 +51,11 @@ def test_boxes_lie_inside_and_away_from_where_gradients_jump(level: str) -> None
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: f"{case.operator}-{case.name}")
 def test_everyone_who_is_timed_computes_the_operator(case) -> None:
     names = set()
-    for run in gpu_cases.runs([case], "cpu", False):
+    for run in gpu_cases.runs([case], "cpu"):
         names.add(run.provider)
-        if run.provider not in gpu_cases.YARDSTICKS and run.mode != "bwd":
+        if run.provider not in (*gpu_cases.YARDSTICKS, *gpu_cases.COMPILED) and run.mode != "bwd":
             check_run(run)
-    assert names >= {"reference", "cpu"}
+    assert names >= {"reference", "cpu"} | ({"compiled"} if case.operator == "graph_gru" else set())
 
 
 def test_cublas_does_the_products_of_graph_conv() -> None:
@@ -73,7 +78,7 @@ def test_cudnn_does_as_many_products_as_graph_gru() -> None:
 
 def test_every_target_is_about_runs_that_exist() -> None:
     cases = [case for make in gpu_cases.CASES.values() for case in make("cpu")]
-    runs = gpu_cases.runs(cases, "cpu", compile_=True)
+    runs = gpu_cases.runs(cases, "cpu")
     timed = {(run.case.operator, run.case.name, run.mode, str(run.dtype)[6:]) for run in runs}
     peers = {(run.case.operator, run.provider) for run in runs}
     peers |= {("roi_crop", "roi_align"), ("graph_gru", "graph")}  # need torchvision, a GPU
@@ -94,18 +99,18 @@ def test_bytes_and_operations_of_a_pass_add_up() -> None:
     assert facts["bwd"]["bytes"] == 2 * (2 * features + crops + 2 * rois)
 
 
-def test_ceilings_and_a_record_and_its_table(quick: None) -> None:
+def test_ceilings_and_a_record_and_its_table(quick: None, tmp_path: Path) -> None:
     found = gpu.ceilings("cpu", copied=1 << 12, matrix=32)
     assert set(found) == {"copy", "matmul float32", "matmul tf32", "matmul bfloat16"}
     assert all(ceiling["rate"] > 0 for ceiling in found.values())
     (case,) = gpu_cases.graph_conv_cases("cpu", (3,))
-    runs = gpu_cases.runs([case], "cpu", False)
+    runs = gpu_cases.runs([case], "cpu")
 
     def wrong(*inputs):
         return 1.001 * reference.graph_conv(*inputs)
 
     runs.insert(1, Run(case, "fwd", torch.float32, "wrong", wrong))
-    written, left = gpu.record(runs, "cpu", 60.0, found)
+    written, left = gpu.record(runs, "cpu", 60.0, found, tmp_path / "record.json")
     assert (
         len(left) == 1 and "graph_conv batch3-fwd-float32-wrong" in left[0] and "float64 reference" in left[0]
     )
@@ -115,10 +120,48 @@ def test_ceilings_and_a_record_and_its_table(quick: None) -> None:
     assert "graph_conv" in text and "cublas" in text
 
 
-def test_what_there_is_no_time_for_is_named(quick: None) -> None:
+def test_a_killed_run_leaves_what_it_has_measured(quick: None, tmp_path: Path) -> None:
     (case,) = gpu_cases.graph_conv_cases("cpu", (3,))
-    runs = gpu_cases.runs([case], "cpu", False)
-    written, left = gpu.record(runs, "cpu", -1.0, {})
+    runs = gpu_cases.runs([case], "cpu")
+
+    def killed(*inputs):
+        raise KeyboardInterrupt
+
+    runs.insert(2, Run(case, "fwd", torch.float32, "killed", killed))
+    with pytest.raises(KeyboardInterrupt):
+        gpu.record(runs, "cpu", 60.0, {}, tmp_path / "record.json")
+    kept = json.loads((tmp_path / "record.json").read_text())
+    assert [result["provider"] for result in kept["results"]] == [run.provider for run in runs[:2]]
+    assert [file.name for file in tmp_path.iterdir()] == ["record.json"]
+
+
+def test_compiled_peers_come_last_and_end_in_time(
+    quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (case,) = gpu_cases.graph_gru_cases("cpu", (1,))
+    runs = gpu_cases.runs([case], "cpu")
+    modes = [run.mode for run in runs if run.provider in gpu_cases.COMPILED]
+    assert modes == ["fwd", "fwd+bwd"]
+    assert [run.provider for run in runs[-2:]] == ["compiled", "compiled"]
+
+    def never_ready(*inputs):
+        while True:
+            try:
+                time.sleep(1)
+            except Exception:  # as a compiler may
+                pass
+
+    monkeypatch.setattr(gpu, "COMPILING", 0.2)
+    slow = [Run(case, "fwd", torch.float32, "compiled", never_ready), runs[0]]
+    written, left = gpu.record(slow, "cpu", 60.0, {}, tmp_path / "record.json")
+    assert left == ["graph_gru B1-fwd-float32-compiled: not compiled and timed within 0 s"]
+    assert len(written["results"]) == 1 and written["not timed"] == left
+
+
+def test_what_there_is_no_time_for_is_named(quick: None, tmp_path: Path) -> None:
+    (case,) = gpu_cases.graph_conv_cases("cpu", (3,))
+    runs = gpu_cases.runs([case], "cpu")
+    written, left = gpu.record(runs, "cpu", -1.0, {}, tmp_path / "record.json")
     assert written["results"] == [] and len(left) == len(runs)
     assert all(line.endswith(": no time left") for line in left)
 
@@ -204,6 +247,92 @@ def test_the_check_of_large_tensors_runs_small() -> None:
     assert len(lines) == 5 and lines[0].startswith("roi_crop cpu: 2,097,152 elements")
 
 
+@pytest.mark.parametrize(
+    ("spoil", "what"),
+    [
+        (lambda gradient: gradient[-1].zero_(), "gradient 0 is 1.5e-02 off beyond 16384 elements"),
+        (lambda gradient: gradient[0].fill_(1), "gradient 0 is not zero where none came in"),
+    ],
+    ids=["last-row", "first-row"],
+)
+def test_the_check_of_large_tensors_sees_a_wrong_gradient(
+    spoil, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grad = torch.autograd.grad
+
+    def wrong(out, leaves, *rest):
+        first, *others = grad(out, leaves, *rest)
+        if len(first) > 4096:  # of the large call
+            spoil(first)
+        return first, *others
+
+    calls = [call for call in gpu_checks._large_calls("cpu", 2**14) if call[0] == "graph_conv"]
+    operator, call, shape, *rest = calls[0]
+    monkeypatch.setattr(gpu_checks, "_large_calls", lambda *_: [(operator, call, (5000, *shape[1:]), *rest)])
+    monkeypatch.setattr(torch.autograd, "grad", wrong)
+    with pytest.raises(gpu_checks.Failed, match=what):
+        list(gpu_checks.beyond_32_bits("cpu", 2**14))
+
+
+def test_the_papers_sizes_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {
+        "graph_conv": lambda device: gpu_cases.graph_conv_cases(device, (3,)),
+        "graph_gru": lambda device: gpu_cases.graph_gru_cases(device, (1,)),
+    }
+    found = list(gpu_checks.papers_sizes("cpu", small))
+    assert found == ["graph_conv batch3 cpu", "graph_gru B1 cpu"]
+    right = gpu_checks.harness.compute
+
+    def off_by_a_little(function, inputs, mode):
+        found = right(function, inputs, mode)
+        exact = inputs[0].dtype == torch.float64
+        return {name: value if exact else 1.001 * value for name, value in found.items()}
+
+    monkeypatch.setattr(gpu_checks.harness, "compute", off_by_a_little)
+    with pytest.raises(gpu_checks.Failed, match="graph_conv batch3-fwd-float32-cpu: output 0 is 1.0e-03"):
+        list(gpu_checks.papers_sizes("cpu", small))
+
+
+@pytest.mark.parametrize(
+    ("launched_on", "asleep", "what"),
+    [
+        ("current", True, None),
+        ("default", True, "output 0 differs on another stream"),
+        ("current", False, "it waited for the default stream, or that one woke too early"),
+    ],
+)
+def test_a_launch_on_the_default_stream_is_seen(
+    launched_on: str, asleep: bool, what: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for a GPU: what is launched on the default stream while it sleeps is not there yet."""
+    busy = False
+
+    @contextmanager
+    def sleeping(stream):
+        nonlocal busy
+        busy = asleep
+        yield lambda: busy
+        busy = False
+
+    def computed(*_):
+        out = torch.empty(3)  # poisoned
+        if launched_on == "current" or not busy:
+            out.fill_(2.0)
+        return {"output 0": out}
+
+    monkeypatch.setattr(gpu_checks, "beside_a_busy_stream", sleeping)
+    monkeypatch.setattr(gpu_checks, "results", computed)
+    monkeypatch.setattr(gpu_checks, "backends_for", lambda sample, device: ["cuda"])
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    check = gpu_checks.other_stream("cuda")
+    if what is None:
+        assert len(list(check)) == 4
+    else:
+        with pytest.raises(gpu_checks.Failed, match=what):
+            list(check)
+
+
 def test_a_wrong_result_and_a_skip_are_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -263,3 +392,61 @@ def test_the_script_says_how_it_is_used() -> None:
 def test_the_script_measures_nothing_without_a_gpu() -> None:
     done = script("time", "roi_crop")
     assert done.returncode == 2 and "every GPU bar stays open" in done.stderr
+
+
+# What torch itself imports.
+NEEDED = "torch torchgen functorch sympy mpmath networkx jinja2 markupsafe filelock fsspec typing_extensions"
+
+
+@pytest.fixture
+def torch_alone(tmp_path: Path) -> Path:
+    """A Python that has torch alone: no NumPy, safetensors, setuptools, ninja, pytest or Triton."""
+    site = tmp_path / "site"
+    site.mkdir()
+    for name in NEEDED.split():
+        origin = Path(importlib.util.find_spec(name).origin)
+        part = origin.parent if origin.name == "__init__.py" else origin
+        (site / part.name).symlink_to(part)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={site} exec {sys.executable} -S "$@"\n')
+    python.chmod(0o755)
+    return python
+
+
+def test_checks_need_torch_alone(torch_alone: Path, tmp_path: Path) -> None:
+    """The sources gathered as gpu.sh does it, with this build's libraries."""
+    shutil.copytree(ROOT / "aufast", tmp_path / "package" / "aufast")
+    shutil.copytree(ROOT / "kernels", tmp_path / "package" / "aufast" / "kernels")
+    code = (
+        f"import sys; sys.path[:0] = [{str(tmp_path / 'package')!r}, {str(ROOT)!r}]\n"
+        "from aufast import cli\nfrom benchmarks import gpu\ncli.main(['backends'])\n"
+        "hidden = {'numpy', 'safetensors', 'setuptools', 'ninja', 'pytest', 'triton'} & sys.modules.keys()\n"
+        "sys.exit(str(hidden) if hidden else gpu.main(['--device', 'cpu', 'check', 'same_bits_again']))"
+    )
+    done = subprocess.run([torch_alone, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 of 1 checks passed" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on PATH")
+def test_the_script_builds_with_torch_and_nvcc_alone(torch_alone: Path, tmp_path: Path) -> None:
+    """Of small sources, in a copy of the repository."""
+    tree = tmp_path / "a copy"
+    ignored = shutil.ignore_patterns("__pycache__", "*.so", "_build.json", "results")
+    for folder in ("aufast", "kernels", "benchmarks", "tests"):
+        shutil.copytree(ROOT / folder, tree / folder, ignore=ignored)
+    shutil.copy(ROOT / "build_kernels.py", tree)
+    for device, source in (("cpu", "one.cpp"), ("cuda", "one.cu")):
+        (tree / "csrc" / device).mkdir(parents=True)
+        (tree / "csrc" / device / source).write_text("int one() { return 1; }\n")
+    environment = os.environ | {"PYTHON": str(torch_alone), "CUDA_VISIBLE_DEVICES": ""}
+    for stage, code, said in (
+        ("build", 0, "built, but this PyTorch sees no CUDA device"),
+        ("build", 0, "no work to do"),
+        ("check", 2, "every GPU bar stays open"),
+    ):
+        command = [tree / "benchmarks" / "gpu.sh", stage]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == code, done.stdout + done.stderr
+        assert said in done.stdout + done.stderr

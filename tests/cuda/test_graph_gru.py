@@ -157,6 +157,47 @@ def test_tf32_where_pytorch_may_use_it(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("device", DEVICES[:2])
+def test_nothing_is_read_after_a_sequences_end(
+    device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither of x, nor of the incoming gradient, nor of what the forward pass saved."""
+    monkeypatch.setenv("AUFAST_EMULATED_DEVICE", device)
+    inputs, lengths = SIZES["primes"].tensors(dtype)
+    assert lengths.min() < inputs[0].shape[1]
+    after = torch.arange(inputs[0].shape[1]) >= lengths[:, None]  # (B, T)
+    grads, found = gru_grads(inputs), []
+    for filler in (0.0, torch.nan):
+        inputs[0][after] = filler
+        grads[0][after] = filler
+        out, h_last, saved = graph_gru_cuda.graph_gru(*inputs, lengths, 0, True)
+        saved[after] = filler
+        gradients = graph_gru_cuda.graph_gru_backward(*grads, *inputs, lengths, out, saved, 0, 0b1111111111)
+        found.append([out, h_last, *gradients])
+    for expected, value in zip(*found, strict=True):
+        assert torch.equal(value, expected)
+    assert found[1][2][after].eq(0).all()
+
+
+def test_long_sums_of_float16_do_not_overflow() -> None:
+    """S and Θ have gradients above 65,504 here; those of U and W, which are returned, fit float16."""
+    batch, steps, nodes, channels = 200, 2, 3, 16
+    half = {"dtype": torch.float16}
+    x = torch.full((batch, steps, nodes, channels), 20.0, **half)
+    U = torch.tensor([[10.0], [9.0], [11.0]], **half)
+    Q, W = torch.full((nodes, 1), 0.02, **half), torch.full((1, 2 * channels, channels), 0.1, **half)
+    inputs = [x, U, Q, W, W, W, None, None, None, None]
+    grads = [torch.full((batch, steps, nodes, channels), 100.0, **half), torch.zeros(batch, nodes, channels)]
+    _, truth = truth_of(gru_definition(None, "global"), inputs, grads)
+    out, _, saved = graph_gru_cuda.graph_gru(*inputs, None, 0, True)
+    found = graph_gru_cuda.graph_gru_backward(*grads, *inputs, None, out, saved, 0, 0b111010)
+    theta_gradient = truth[5] / (nodes * 0.02)  # the nodes are nearly alike
+    assert theta_gradient.max() > 65504 > truth[5].max()
+    for k in (1, 3, 4, 5):
+        assert relative(found[k], truth[k]) < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", ["primes", "sixteens", "turns", "two-supports"])
 @pytest.mark.parametrize("device", ["sm_90", "sm_80"])
 def test_the_order_of_threads_does_not_matter(
@@ -271,3 +312,34 @@ def test_the_reason_names_the_size() -> None:
     assert graph_gru_cuda.cannot_run(x[:, :, :16], W) is None
     assert "at most 16, and the graph has 17" in graph_gru_cuda.cannot_run(x, W)
     assert "at most 256" in graph_gru_cuda.cannot_run(x[:, :, :4], torch.empty(2, 2, 134, 129))
+
+
+def steps_arguments() -> dict[str, Tensor | None | bool]:
+    """Of `graph_gru_steps`, two sequences of three steps; K = 1."""
+    nodes, batch, steps, channels = 2, 2, 3, 16
+    return {
+        "gates": torch.zeros(nodes, batch, steps, 3 * channels),
+        "theta": torch.zeros(nodes, 3 * channels * channels),
+        "supports": torch.zeros(nodes, 1, nodes),
+        "h0": torch.zeros(batch, nodes, channels),
+        "lengths": torch.full((batch,), steps),
+        "tf32": False,
+        "save": False,
+    }
+
+
+@pytest.mark.parametrize("name", ["theta", "supports", "h0", "lengths"])
+def test_raw_steps_refuse_what_does_not_fit(name: str) -> None:
+    """Device, size, dtype and layout of every tensor, before its address goes to a kernel."""
+    right = steps_arguments()
+    key = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    steps = torch.ops.aufast.graph_gru_steps.default.redispatch
+    assert len(steps(key, *right.values())) == 3
+    with pytest.raises(RuntimeError, match=f"graph_gru_steps: {name} is on another device than gates"):
+        steps(key, *(right | {name: right[name].to("meta")}).values())
+    twice = right[name].repeat_interleave(2, dim=-1)
+    for wrong in (twice, right[name].to(torch.float16), twice[..., ::2]):
+        with pytest.raises(RuntimeError, match=f"graph_gru_steps: {name} has a size, dtype or layout"):
+            steps(key, *(right | {name: wrong}).values())
+    with pytest.raises(RuntimeError, match="the gates must be float32, bfloat16 or float16"):
+        steps(key, *(right | {"gates": right["gates"].double()}).values())

@@ -95,6 +95,7 @@ CALLS = {
     "widest": made((1, 1, 2, 3), 1, (1, MOST_CROP_WIDTH)),
     "widest-rotated": made((1, 1, 2, 3), 1, (1, MOST_CROP_WIDTH), theta=True),
     "highest": made((1, 2, 3, 2), 2, (MOST_CROP_WIDTH, 1)),
+    "tall": made((1, 1, 3, 2), 1, (20_011, 1)),
 }
 
 
@@ -151,6 +152,11 @@ def test_every_cut_is_the_definition(
         assert cluster == 1 and threads <= 608 and shared <= 96 << 10
 
 
+def test_a_tall_rotated_crop_is_the_definition() -> None:
+    """In float64: 20,011 float32 numbers added to six pixels are no measure of a kernel."""
+    assert_right(made((1, 1, 3, 2), 1, (20_011, 1), theta=True))
+
+
 def test_the_cuts_are_what_the_cases_are_named_for(log: Path) -> None:
     launches = {}
     for name, call in CALLS.items():
@@ -164,6 +170,7 @@ def test_the_cuts_are_what_the_cases_are_named_for(log: Path) -> None:
     assert forward["many-channels"][0] > 2 and backward["many-channels"][0] > 2
     assert backward["larger-than-a-block"][0] == 2 * 3  # squares of 32 × 19
     plain = {"map-does-not-fit", "too-large-to-gather", "rotated", "rotated-large", "widest-rotated"}
+    plain |= {"tall"}
     assert {name for name, run in forward.items() if run[3] == 256 * 24} == plain
 
 
@@ -241,6 +248,23 @@ def test_crops_that_are_too_wide_are_refused_in_words() -> None:
     call = made((1, 2, 3, 3), 1, (1, 2000))
     with pytest.raises(RuntimeError, match="crops this wide, 2000, have no room on the GPU"):
         emulate(call)
+
+
+def test_tensors_of_another_device_are_refused() -> None:
+    """The dispatcher looks at one tensor: here it is told which kernel to call, as a mixture would be."""
+    features, rois, size, align_corners = made((1, 2, 3, 3), 1, (2, 2)).to(torch.float32)
+    key = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    crop, backward = (
+        getattr(torch.ops.aufast_emulator, name).default.redispatch
+        for name in ("roi_crop", "roi_crop_backward")
+    )
+    with pytest.raises(RuntimeError, match="roi_crop: rois is on another device than features"):
+        crop(key, features, rois.to("meta"), *size, align_corners)
+    grad = torch.ones(1, 1, 2, 2, 2)
+    with pytest.raises(RuntimeError, match="roi_crop_backward: grad is on another device than features"):
+        backward(key, grad.to("meta"), features, rois, align_corners, 3)
+    with pytest.raises(RuntimeError, match="grad does not fit the features and the regions"):
+        backward(key, grad[:, :, :1], features, rois, align_corners, 3)
 
 
 def test_the_reason_names_the_size() -> None:

@@ -58,4 +58,6 @@ def stack_bytes(kernel: CompiledKernel, folder: Path) -> int:
     report = subprocess.run(
         [CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True
     ).stdout
-    return sum(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", report))
+    sizes = re.findall(r"(?:STACK|LOCAL):(\d+)", report)
+    assert len(sizes) == 2, f"cuobjdump does not say what {kernel.metadata.name} uses: {report!r}"
+    return sum(map(int, sizes))

@@ -85,10 +85,27 @@ def test_the_overload_goes_backward_through_its_own_backward(monkeypatch: pytest
         ),
     )
     monkeypatch.setitem(sys.modules, "aufast.kernels.graph_conv", kernels)
+    monkeypatch.setitem(backends._devices, "triton", ("cuda", "cpu"))
     out = torch.ops.aufast.graph_conv.triton(*sample.raw_arguments(sample.inputs(torch.float32)))
     assert out.eq(1).all()
     out.sum().backward()
     assert called == [0b11111]
+
+
+@pytest.mark.parametrize("sample", TYPICAL, ids=str)
+def test_the_raw_operator_looks_at_every_tensors_device(
+    sample: Sample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dispatcher looks at one tensor: here it is told which kernel to call, as a mixture would be."""
+    operator = getattr(torch.ops.aufast, sample.operator).triton
+    key = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    first, second, *rest = sample.raw_arguments(sample.inputs(torch.float32, requires_grad=False))
+    names = list(sample.tensors)
+    with pytest.raises(ValueError, match=r"\.triton: the tensors are on cpu, and its kernel runs on cuda$"):
+        operator.redispatch(key, first, second, *rest)
+    match = f"aufast::{sample.operator}: {names[1]} is on meta, but {names[0]} is on cpu"
+    with pytest.raises(ValueError, match=match):
+        operator.redispatch(key, first, second.to("meta"), *rest)
 
 
 def test_import_does_not_import_triton() -> None:

@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from aufast.kernels import graph_conv, graph_gru, region_conv, roi_crop
 from triton.runtime.jit import JITFunction
 
+from tests.kernels import compiling
 from tests.kernels.compiling import compiled_launches, stack_bytes
 
 pytestmark = pytest.mark.skipif(
@@ -92,6 +93,18 @@ def test_compiles_without_spills(
         used = stack_bytes(kernel, tmp_path)
         assert used == 0, f"{kernel.metadata.name} keeps {used} bytes a thread in local memory"
         assert not re.search(r"\b(atom|red)\.", kernel.asm["ptx"]), f"{kernel.metadata.name} uses atomics"
+
+
+def test_a_silent_cuobjdump_is_no_proof(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    silent = tmp_path / "cuobjdump"
+    silent.write_text("#!/bin/sh\n")
+    silent.chmod(0o755)
+    call = lambda: graph_conv.node_product(torch.empty(3, 2, 4), torch.empty(2, 4, 5))  # noqa: E731
+    (kernel,) = compiled_launches(90, call)
+    stack_bytes(kernel, tmp_path)
+    monkeypatch.setattr(compiling, "CUOBJDUMP", silent)
+    with pytest.raises(AssertionError, match="cuobjdump does not say what graph_conv_product_kernel uses"):
+        stack_bytes(kernel, tmp_path)
 
 
 @pytest.fixture

@@ -16,7 +16,16 @@ from torch import Tensor
 
 import aufast
 from aufast.ops.registration import image_format
-from tests.samples import SAMPLES, TYPICAL, Sample, assert_same, relative_error, run, ways
+from tests.samples import (
+    SAMPLES,
+    TYPICAL,
+    Sample,
+    assert_same,
+    random_like,
+    relative_error,
+    run,
+    ways,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:Since version 1.3.0, affine_grid behavior")
 PAIRS = [pytest.param(s, way, id=f"{s}-{way}") for s in SAMPLES for way in ways(s) if way != "reference"]
@@ -27,6 +36,29 @@ IMAGES = [s for s in SAMPLES if s.operator in ("roi_crop", "region_conv")]
 def test_float64(sample: Sample, way: str, poisoned_empty: None) -> None:
     truth = run(ways(sample)["reference"], sample.inputs())
     assert_same(run(ways(sample)[way], sample.inputs()), truth, 1e-12)
+
+
+ENDED = next(s for s in SAMPLES if str(s) == "graph_gru-lengths")
+
+
+@pytest.mark.parametrize("way", ways(ENDED))
+def test_nothing_is_read_after_a_sequences_end(way: str) -> None:
+    """Neither of x nor of the incoming gradient: a NaN there reaches no output and no gradient."""
+    after = torch.arange(ENDED.tensors["x"].shape[1]) >= ENDED.options["lengths"][:, None]  # (B, T)
+    found = []
+    for filler in (0.0, torch.nan):
+        inputs = ENDED.inputs()
+        with torch.no_grad():
+            inputs["x"][after] = filler
+        wanted = {name: t for name, t in inputs.items() if t is not None}
+        outputs = ways(ENDED)[way](inputs)
+        grads = random_like(outputs)
+        grads[0][after] = filler
+        gradients = torch.autograd.grad(outputs, list(wanted.values()), grads)
+        found.append(dict(zip(wanted, gradients, strict=True)) | {"out": outputs[0], "h_last": outputs[1]})
+    for name, expected in found[0].items():
+        assert torch.equal(found[1][name], expected), name
+    assert found[1]["x"][after].eq(0).all()
 
 
 def truth_of(sample: Sample, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -63,7 +63,7 @@ def copy_tree(target: Path) -> Path:
     built = shutil.ignore_patterns("__pycache__", "*.so", "_build.json")
     for folder in ("aufast", "kernels", "csrc"):
         shutil.copytree(ROOT / folder, target / folder, ignore=built)
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
+    for name in ("setup.py", "build_kernels.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, target)
     return target
 
@@ -81,7 +81,7 @@ def small_tree(tmp_path: Path) -> Path:
         (tree / folder).mkdir(parents=True)
     (tree / "aufast/__init__.py").touch()
     (tree / "kernels/__init__.py").touch()
-    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
+    for name in ("setup.py", "build_kernels.py", "pyproject.toml", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, tree)
     (tree / "csrc/cpu/common.h").write_text(HEADER)
     for name in ("first", "second"):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import setup
+import build_kernels
 
 CSRC = Path(__file__).parents[2] / "csrc" / "cpu"
 
@@ -32,7 +32,7 @@ def test_compiles_for_aarch64(source: Path, tmp_path: Path) -> None:
     if compiler is None:
         pytest.skip("no compiler for aarch64: neither aarch64-linux-gnu-g++ nor the package ziglang")
     include = Path(torch.__file__).parent / "include"
-    flags = [setup.STANDARD, setup.TARGET, "-fPIC", "-Wno-psabi", "-isystem", str(include)]
+    flags = [build_kernels.STANDARD, build_kernels.TARGET, "-fPIC", "-Wno-psabi", "-isystem", str(include)]
     target = tmp_path / "kernel.o"
     done = subprocess.run([*compiler, *flags, "-c", "-o", target, source], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -70,5 +70,5 @@ def test_torchs_cuda_is_read_from_its_files(bare_python, tmp_path: Path, line: s
     folder = tmp_path / "site"
     (folder / "torch").mkdir(parents=True)
     (folder / "torch/version.py").write_text(f"__version__ = '2.13.0'\n{line}\nhip: str | None = '6'\n")
-    found = bare_python("import setup; print(setup.find_torch())", folder)
+    found = bare_python("import build_kernels; print(build_kernels.find_torch())", folder)
     assert found.stdout.strip().endswith(f"version='2.13.0', cuda={cuda!r})"), found.stdout

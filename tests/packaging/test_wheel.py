@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import aufast
-import setup
+import build_kernels
 from tests.packaging.conftest import ROOT, copy_tree, run
 
 # The stable interface has plain C names without a version; the runtime's names carry one.
@@ -82,7 +82,7 @@ def test_what_is_imported_of_torch_is_declared_for_the_oldest_one_promised() -> 
         pytest.skip("the compiled part is not built here" if shutil.which("g++") else "there is no g++")
     headers = "".join(f"#include <torch/csrc/stable/{name}.h>\n" for name in ("library", "ops", "tensor"))
     include = Path(torch.__file__).parent / "include"
-    flags = [setup.STANDARD, setup.TARGET, "-isystem", str(include), "-E", "-x", "c++", "-"]
+    flags = [build_kernels.STANDARD, build_kernels.TARGET, "-isystem", str(include), "-E", "-x", "c++", "-"]
     declared = subprocess.run(
         ["g++", *flags], input=headers, capture_output=True, text=True, check=True
     ).stdout
@@ -253,6 +253,6 @@ def test_sdist_holds_all_that_a_build_needs(full_tree: Path) -> None:
     (sdist,) = (full_tree / "dist").glob("*.zip")
     with zipfile.ZipFile(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.namelist()}
-    needed = {"setup.py", "pyproject.toml", "LICENSE", "README.md"}
+    needed = {"setup.py", "build_kernels.py", "pyproject.toml", "LICENSE", "README.md"}
     needed |= {str(path.relative_to(full_tree)) for path in (full_tree / "csrc").rglob("*") if path.is_file()}
     assert needed <= names

@@ -242,6 +242,31 @@ def test_the_same_bits_again(sample: Sample) -> None:
         assert torch.equal(first[name], second[name]), name
 
 
+@pytest.mark.parametrize("name", ["lengths", "softmax_2"])
+def test_nothing_is_read_after_a_sequences_end(name: str) -> None:
+    """Neither of x, nor of the incoming gradient, nor of what the forward pass saved."""
+    sample = next(s for s in SAMPLES if str(s) == f"graph_gru-{name}")
+    lengths = sample.options["lengths"].to(DEVICE)
+    after = torch.arange(sample.tensors["x"].shape[1], device=DEVICE) >= lengths[:, None]  # (B, T)
+    operators = torch.ops.aufast.graph_gru.triton, torch.ops.aufast.graph_gru_backward.triton
+    arguments = sample.raw_arguments(sample.inputs(torch.float32, requires_grad=False))
+    x, *rest, code, save = (a.to(DEVICE) if isinstance(a, Tensor) else a for a in arguments)
+    generator = torch.Generator().manual_seed(2)
+    found = []
+    for filler in (0.0, torch.nan):
+        filled = x.clone()
+        filled[after] = filler
+        out, h_last, saved = operators[0](filled, *rest, code, save)
+        assert out.isfinite().all() and h_last.isfinite().all()
+        grads = [torch.randn(o.shape, generator=generator.manual_seed(2)).to(DEVICE) for o in (out, h_last)]
+        grads[0][after] = filler
+        saved[after] = filler
+        found.append(operators[1](*grads, filled, *rest, out, saved, code, 0b1111111111))
+        assert found[-1][0][after].eq(0).all()
+    for expected, gradient in zip(*found, strict=True):
+        assert torch.equal(gradient, expected)
+
+
 @pytest.mark.parametrize("sample", TYPICAL, ids=str)
 def test_opcheck(sample: Sample) -> None:
     if DEVICE == "cuda":
