@@ -3,14 +3,11 @@
 // an array is used where it lies.
 #pragma once
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <cstdlib>
 #include <memory>
 
 #include "graph_common.h"
+#include "pages.h"
 
 namespace {
 
@@ -40,19 +37,6 @@ void convert_flat(void (*convert)(const From*, To*, int64_t), const void* from, 
   torch::stable::parallel_for(0, n, kDoorGrain, [=](int64_t begin, int64_t end) {
     convert(static_cast<const From*>(from) + begin, static_cast<To*>(to) + begin, end - begin);
   });
-}
-
-// Asks for pages of 2 MiB: large matrices that are read once a step otherwise wait for address translation.
-// Where the system does not give them, nothing changes.
-inline void prefer_huge_pages(void* memory, int64_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t page = 1 << 21;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / page * page;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)memory, (void)bytes;
-#endif
 }
 
 // A thread's workspace between calls. A fresh one is given page by page, each cleared by the system, which
