@@ -65,10 +65,10 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kEnoughItems = 16;        // below, the forward also splits the regions of an image
-constexpr int64_t kCachedBytes = 40 << 10;  // of an item's buffers, in the first cache
-constexpr int64_t kMostTiles = 4;           // of kPlaneTile or more channels in them, as crops are staged too
-constexpr int64_t kLine = 64;               // bytes
+constexpr int64_t kEnoughItems = 16;         // below, the forward also splits the regions of an image
+constexpr int64_t kCachedBytes = 160 << 10;  // of an item's buffers, well inside the second cache
+constexpr int64_t kMostTiles = 4;  // of kPlaneTile or more channels in them, as crops are staged too
+constexpr int64_t kLine = 64;      // bytes
 constexpr int kWantFeatures = 1, kWantRois = 2;
 
 // How many items one thread should at least have, for waking another to pay.
@@ -76,8 +76,8 @@ int64_t grain_of(int64_t points_per_item) {
   return std::max<int64_t>(1, (int64_t{1} << 14) / std::max<int64_t>(1, points_per_item));
 }
 
-// How the channels are cut: in ranges as large as leave enough items, and whose buffers stay in the cache.
-// A function of the shape alone: the sums over ranges must not depend on the thread count.
+// How the channels are cut: in ranges as large as leave enough items, and whose buffers stay in the second
+// cache. A function of the shape alone: the sums over ranges must not depend on the thread count.
 struct Cut {
   int64_t range, ranges;
 
