@@ -44,7 +44,8 @@ def optimize_for_inference(model: Model, dtype: torch.dtype | str | None = None)
 
     Raises:
         TypeError: `model` is no model of this library.
-        ValueError: it is optimized already, or the dtype is not one of those above.
+        ValueError: it is optimized already, the dtype is not one of those above, or a weight is not finite:
+            fused layers would turn its NaN into plausible numbers.
     """
     if not isinstance(model, (AAR, MARGL)):
         raise TypeError(f"optimize_for_inference: model must be an AAR or MARGL, got {type(model).__name__}")
@@ -59,6 +60,9 @@ def optimize_for_inference(model: Model, dtype: torch.dtype | str | None = None)
             f"optimize_for_inference: dtype must be None, 'auto' or torch's {', '.join(INFERENCE_DTYPES)}, "
             f"got {dtype!r}"
         )
+    for name, weight in model.state_dict().items():
+        if not weight.is_meta and not weight.isfinite().all():
+            raise ValueError(f"optimize_for_inference: {name} of the model is not finite")
     fast = copy.deepcopy(model).eval().requires_grad_(False)
     if parameter.dtype == torch.bfloat16:
         fast.float()
@@ -136,7 +140,8 @@ class FusedConv(nn.Module):
 
     def _pack(self, x: Tensor) -> Tensor:
         # The best layout depends on the size of the map, hardly on the batch.
-        key = (self.weight.data_ptr(), self.weight._version, x.shape[1:])
+        version = 0 if self.weight.is_inference() else self.weight._version
+        key = (self.weight.data_ptr(), version, x.shape[1:])
         if self._packed is None or self._packed[0] != key:
             packed = torch.ops.mkldnn._reorder_convolution_weight(
                 self.weight, self.padding, self.stride, (1, 1), self.groups, x.shape
@@ -168,6 +173,11 @@ def _packs(x: Tensor) -> bool:
 def constant(value: Tensor) -> nn.Parameter:
     """A parameter that is never trained, in memory of its own."""
     return nn.Parameter(value.detach().clone(), requires_grad=False)
+
+
+def spoiled(images: Tensor) -> Tensor:
+    """Zeros (N,), or NaN for an image (C, H, W) that is not finite: oneDNN's fused ReLU makes 0 of a NaN."""
+    return 0 * images.sum((1, 2, 3), dtype=torch.promote_types(images.dtype, torch.float32))
 
 
 def folded(norm: nn.Module) -> tuple[Tensor, Tensor] | tuple[None, None]:
@@ -356,6 +366,7 @@ class FusedFrameNetwork(nn.Module):
         pieces = (frames,) if torch.compiler.is_compiling() or not len(frames) else frames.split(FRAMES)
         features, attention = zip(*map(self._look, pieces), strict=True)
         features = torch.cat(features)  # (N, m, 12c)
+        features = features + spoiled(frames)[:, None, None].to(features.dtype)
         attention = None if attention[0] is None else torch.cat(attention)  # (N, m, l/4, l/4)
         return features, attention, full_precision(self.head(features))
 
@@ -422,4 +433,5 @@ class FusedResNet(nn.Module):
         for layer in self.layers:
             x = layer(x)
             levels.append(x)
-        return ResNetOutput(self.fc(x.to(self.fc.weight.dtype).mean((2, 3))), tuple(levels))
+        logits = self.fc(x.to(self.fc.weight.dtype).mean((2, 3)))
+        return ResNetOutput(logits + spoiled(images)[:, None].to(logits.dtype), tuple(levels))

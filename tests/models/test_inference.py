@@ -175,3 +175,37 @@ def test_misuse_is_named():
         optimize_for_inference(small("aa"), torch.float16)
     with pytest.raises(TypeError, match="clips must be .*, got torch.float64|model's dtype torch.float32"):
         fast(torch.zeros(1, 1, 3, 32, 32, dtype=torch.float64))
+
+
+@DTYPES
+@pytest.mark.parametrize("name", ["margl", "aar"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@torch.no_grad()
+def test_an_image_that_is_not_finite_has_no_probability(name, value, dtype):
+    """Its own only: the others' are what they are without it."""
+    model = optimize_for_inference(settled(name), dtype)
+    images, *rest = inputs(model, batch=3)
+    expected = model(images, *rest).probabilities
+    images = images.clone()
+    images[1, ..., 0, 0] = value
+    found = model(images, *rest).probabilities
+    assert found[1].isnan().all()
+    torch.testing.assert_close(found[[0, 2]], expected[[0, 2]])
+
+
+def test_a_weight_that_is_not_finite_is_refused():
+    model = small("margl")
+    model.backbone.layer2[0].conv1.weight.data[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"backbone\.layer2\.0\.conv1\.weight of the model is not finite"):
+        optimize_for_inference(model)
+
+
+@pytest.mark.parametrize("name", ["margl", "aar"])
+@torch.inference_mode()
+def test_made_and_called_under_inference_mode(name):
+    model = small(name)
+    fast = optimize_for_inference(model)
+    batch = inputs(fast)
+    torch.testing.assert_close(
+        fast(*batch).probabilities, model.eval()(*batch).probabilities, atol=1e-4, rtol=0
+    )
