@@ -51,6 +51,13 @@ def load_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> np.ndar
 def read_image(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """As `load_image`, from an open file; the message of the error does not name it.
 
+    Args:
+        file: open for reading bytes, at its beginning.
+        max_pixels: as in `load_image`.
+
+    Returns:
+        (H, W, 3) uint8, RGB.
+
     Raises:
         ValueError: as `load_image`.
         MemoryError: there is too little for the pixels.

@@ -154,6 +154,7 @@ def graph_gru(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The raw operator `aufast::graph_gru`; sizes are those that `cannot_run` lets through."""
+    x, U, Q, W_z, W_r, W_h, h0, b_z, b_r, b_h = map(contiguous, (x, U, Q, W_z, W_r, W_h, h0, b_z, b_r, b_h))
     batch, steps, nodes, _ = x.shape
     made = _Parameters(x, U, Q, (W_z, W_r, W_h), normalization)
     mixed = made.mixed(until_ends(x, lengths))  # (m, B·T, K·c_in)
@@ -166,7 +167,7 @@ def graph_gru(
     gates = gates.view(nodes, batch, steps, -1)  # (m, B, T, 3c)
     theta = _forward_theta(made.theta_state, made.tf32)
     return torch.ops.aufast.graph_gru_steps(
-        gates, theta, made.supports, contiguous(h0), contiguous(lengths), made.tf32, save
+        gates, theta, made.supports, h0, contiguous(lengths), made.tf32, save
     )
 
 
@@ -191,16 +192,19 @@ def graph_gru_backward(
 ) -> tuple[Tensor, ...]:
     """The raw operator `aufast::graph_gru_backward`."""
     wanted = [bool(needs >> k & 1) for k in range(10)]
+    # A product of the same numbers in another layout may have other bits.
+    x, U, Q, W_z, W_r, W_h, h0, b_z, b_r, b_h = map(contiguous, (x, U, Q, W_z, W_r, W_h, h0, b_z, b_r, b_h))
+    out, saved = out.contiguous(), saved.contiguous()
     batch, steps, nodes, channels = out.shape
     made = _Parameters(x, U, Q, (W_z, W_r, W_h), normalization)
     d_gates, d_h0 = torch.ops.aufast.graph_gru_steps_backward(
         grad_out.contiguous(),
         grad_h_last.contiguous(),
-        out.contiguous(),
-        saved.contiguous(),
+        out,
+        saved,
         _backward_theta(made.theta_state, made.tf32),
         made.supports,
-        contiguous(h0),
+        h0,
         contiguous(lengths),
         made.tf32,
     )
