@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import os
 import sys
@@ -242,6 +243,9 @@ def _plot(options: argparse.Namespace) -> int:
     from aufast.models import load_model
     from aufast.plot import paper_figures
 
+    stems = collections.Counter(Path(path).stem for path in options.images)
+    if twice := [stem for stem, count in stems.items() if count > 1]:
+        raise ValueError(f"images of one name would overwrite each other's figures: {', '.join(twice)}")
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     model, detector = load_model(options.model).float(), FaceDetector()

@@ -167,3 +167,10 @@ def test_data_is_synthesized_checked_and_prepared(tmp_path, capsys):
 def test_data_that_is_not_there_is_named(tmp_path, capsys):
     assert main(["data", "check", str(tmp_path / "nowhere")]) == 1
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_plots_of_two_images_of_one_name_are_refused(tmp_path, capsys):
+    images = [str(tmp_path / folder / "face.png") for folder in "ab"]
+    assert main(["plot", *images, "--model", "nobody", "--out", str(tmp_path / "out")]) != 0
+    assert "images of one name would overwrite each other's figures: face" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from aufast.label.config import LIMITS, InputError, LabelConfig
-from aufast.label.files import Source, writing
+from aufast.label.files import OutputError, Source, writing
 from aufast.label.finding import FaceStage, Seen
 from aufast.label.given import GivenFaces, faces_file
 from aufast.label.recognizing import NOT_FINITE, Recognizer
@@ -47,6 +48,12 @@ class Outcome:
     warnings: list[str] = field(default_factory=list)
     video: dict[str, Any] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def unexpected(cls, error: Exception) -> Outcome:
+        """Of an input that a mistake of this program ended, which is printed."""
+        traceback.print_exception(error)
+        return cls("undecodable", f"unexpected {type(error).__name__}: {error}", seconds={"all": 0.0})
 
 
 class Labeler:
@@ -110,6 +117,11 @@ class Labeler:
                     outcome = self.label(source, lambda _, kept=kept: [_Rows(kept, self.aus, self.config)])
             except InputError as error:
                 outcome = Outcome(error.status, str(error))
+            except (OutputError, ImportError):
+                raise
+            except Exception as error:  # a mistake here must not cost the other files
+                kept.clear()
+                outcome = Outcome.unexpected(error)
             nothing = rows(Seen(-1, None, None), self.aus, self.config)
             table += [[str(path), outcome.status, outcome.sentence, *row] for row in kept or nothing]
         cells = list(zip(*table, strict=True)) or [()] * len(names)
@@ -142,6 +154,8 @@ class Labeler:
             job.run()
         except InputError as error:
             outcome.status, outcome.sentence = error.status, str(error)
+        except MemoryError:
+            outcome.status, outcome.sentence = "oom", "labelling it takes more memory than there is"
         finally:
             job.close()
         if outcome.status == "ok" and not outcome.with_face:

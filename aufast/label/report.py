@@ -105,7 +105,7 @@ class ReportPage:
         if self._step > 1:
             facts.append(f"each point is the largest of {self._step} frames")
         if self._every > 1:
-            facts.append(f"every {self._every}th frame is shown")
+            facts.append(f"one frame in {self._every} is shown")
         data = {
             "facts": facts,
             "aus": list(self._aus),

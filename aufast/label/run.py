@@ -8,7 +8,6 @@ import os
 import platform
 import sys
 import time
-import traceback
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -196,8 +195,7 @@ class _Run:
             raise
         except Exception as error:
             # A mistake of this program: the run goes on without a sidecar, and the next one tries again.
-            traceback.print_exc()
-            return Outcome("undecodable", f"unexpected {type(error).__name__}: {error}", seconds={"all": 0.0})
+            return Outcome.unexpected(error)
         finally:
             outputs.discard()
 

@@ -216,7 +216,7 @@ def test_long_videos_make_pages_of_one_size(tmp_path: Path, monkeypatch: pytest.
     assert len(data["times"]) == count // 4 == len(face["p"][0]) and max(face["p"][0]) == 0.9
     assert data["times"][face["p"][0].index(0.9)] == pytest.approx(500 / 30, abs=1e-3)
     assert FRAMES / 2 <= len(data["frames"]) <= FRAMES and data["frames"][1]["index"] == 8
-    assert {"each point is the largest of 4 frames", "every 8th frame is shown"} <= set(data["facts"])
+    assert {"each point is the largest of 4 frames", "one frame in 8 is shown"} <= set(data["facts"])
 
 
 def test_a_title_cannot_end_the_script(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from aufast.cli import main
 from aufast.faces import FaceDetector, align_face, au_centers, crop_face
 from aufast.label import FORMATS, LabelConfig, Labeler, label_files
 from aufast.label.files import OutputError, Source, in_shard
-from aufast.label.finding import Seen
+from aufast.label.finding import FaceStage, Seen
 from aufast.models import AAR, load_model, to_input
 from tests.label.clips import blank, encode, face, moving
 
@@ -82,6 +82,28 @@ def test_a_folder_is_labelled_and_labelled_once(tmp_path: Path, models: dict[str
     assert again.kept == 3 and again.frames == 0 and "3 of them by an earlier run" in again.text()
     assert {p: p.stat().st_mtime_ns for p in out.glob("*-*")} == before
     assert re.search(r"clip.mp4': ok, 8 frames, [\d.]+ frames/s", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "sentence"),
+    [
+        (KeyError("a mistake"), "undecodable", "unexpected KeyError: 'a mistake'"),
+        (MemoryError(), "oom", "labelling it takes more memory than there is"),
+    ],
+    ids=["mistake", "memory"],
+)
+def test_an_error_in_one_file_of_a_batch_costs_that_file(
+    tmp_path: Path, models: dict[str, str], monkeypatch, error: Exception, status: str, sentence: str
+) -> None:
+    inputs, find = folder_of_inputs(tmp_path), FaceStage.run
+
+    def failing(self, *args, **kwargs):
+        monkeypatch.setattr(FaceStage, "run", find)
+        raise error
+
+    monkeypatch.setattr(FaceStage, "run", failing)
+    table = Labeler(config(models["aar"]))({"path": np.array([str(inputs / "face.png")] * 2)})
+    assert list(table["status"]) == [status, "ok"] and table["sentence"][0] == sentence
 
 
 @pytest.mark.slow
