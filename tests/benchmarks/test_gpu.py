@@ -394,6 +394,30 @@ def test_the_script_measures_nothing_without_a_gpu() -> None:
     assert done.returncode == 2 and "every GPU bar stays open" in done.stderr
 
 
+def test_a_run_left_out_does_not_spare_the_sanitizers(tmp_path: Path) -> None:
+    """Stand-ins for a GPU's Python, whose `time` leaves a run out, and for the sanitizer."""
+    tree, tools = tmp_path / "copy", tmp_path / "tools"
+    for folder in (tools, tree / "aufast", tree / "kernels", tree / "benchmarks"):
+        folder.mkdir(parents=True)
+    shutil.copy(ROOT / "benchmarks" / "gpu.sh", tree / "benchmarks")
+    for name, lines in (
+        ("python", 'echo "stage $3"\n[ "$3" != time ]'),
+        ("compute-sanitizer", 'echo "watched by $2"'),
+    ):
+        (tools / name).write_text(f"#!/bin/sh\n{lines}\n")
+        (tools / name).chmod(0o755)
+    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PYTHON": str(tools / "python"), "PATH": path}
+    done = subprocess.run([tree / "benchmarks" / "gpu.sh"], env=environment, capture_output=True, text=True)
+    said = done.stdout.splitlines()
+    tools_of_it = ("memcheck", "racecheck", "initcheck")
+    assert said[said.index("stage time") :] == [
+        "stage time",
+        *(line for tool in tools_of_it for line in (f"sanitize: {tool}", f"watched by {tool}")),
+    ]
+    assert done.returncode == 1, done.stderr
+
+
 # What torch itself imports.
 NEEDED = "torch torchgen functorch sympy mpmath networkx jinja2 markupsafe filelock fsspec typing_extensions"
 
