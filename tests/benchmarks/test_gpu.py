@@ -20,6 +20,7 @@ from benchmarks import gpu, gpu_cases, gpu_checks, table
 from benchmarks.bars import BARS
 from benchmarks.harness import Run, compute, distance
 from benchmarks.harness import check as check_run
+from tests.packaging.conftest import needs_nvcc
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -453,7 +454,7 @@ def test_checks_need_torch_alone(torch_alone: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on PATH")
+@needs_nvcc
 def test_the_script_builds_with_torch_and_nvcc_alone(torch_alone: Path, tmp_path: Path) -> None:
     """Of small sources, in a copy of the repository."""
     tree = tmp_path / "a copy"

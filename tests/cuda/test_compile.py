@@ -11,13 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.packaging.conftest import build, copy_tree
+from tests.packaging.conftest import build, copy_tree, needs_nvcc
 from tests.packaging.test_wheel import ALLOWED, symbols
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on PATH"),
-]
+pytestmark = [pytest.mark.slow, needs_nvcc]
 ARCHITECTURES = ("sm_80", "sm_90a")
 FUNCTION = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for '(?P<architecture>\w+)'.*?"
