@@ -297,6 +297,25 @@ def test_the_papers_sizes_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
         list(gpu_checks.papers_sizes("cpu", small))
 
 
+def test_bits_that_change_from_call_to_call_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = [*gpu_cases.roi_crop_cases("cpu", 1)[:1], *gpu_cases.graph_gru_cases("cpu", (1,))]
+    found = list(gpu_checks.same_bits_at_size("cpu", small))
+    assert found[:2] == [f"roi_crop layer2-nchw-fwd+bwd-{dtype}-cpu" for dtype in ("float32", "bfloat16")]
+    assert [line.split()[0] for line in found[2:]] == ["graph_gru"] * 2
+    right, calls = gpu_checks.harness.compute, []
+
+    def another_order_of_adding(function, inputs, mode):
+        calls.append(found := right(function, inputs, mode))
+        if len(calls) == 2:
+            last = found["gradient 1"].view(-1)[-1]
+            last.copy_(torch.nextafter(last, last + 1))
+        return found
+
+    monkeypatch.setattr(gpu_checks.harness, "compute", another_order_of_adding)
+    with pytest.raises(gpu_checks.Failed, match="float32-cpu: gradient 1 differs from call to call"):
+        list(gpu_checks.same_bits_at_size("cpu", small))
+
+
 @pytest.mark.parametrize(
     ("launched_on", "asleep", "what"),
     [
