@@ -56,13 +56,13 @@ def _gpu() -> list[Bar]:
     for level in ("layer2", "layer3", "layer4"):
         for layout in ("nchw", "channels_last"):
             name = f"{level}-{layout}"
-            bars += [
-                Bar("roi_crop", name, "fwd", "copy", 0.70),
-                Bar("roi_crop", name, "fwd", "copy", 0.70, dtype="bfloat16"),
-                Bar("roi_crop", name, "fwd", "merged", 2),
-                Bar("roi_crop", name, "fwd", "roi_align", 1.5),
-                Bar("roi_crop", name, "bwd", "merged", 3),
-            ]
+            for dtype in ("float32", "bfloat16"):
+                bars += [
+                    Bar("roi_crop", name, "fwd", "copy", 0.70, dtype),
+                    Bar("roi_crop", name, "fwd", "merged", 2, dtype),
+                    Bar("roi_crop", name, "fwd", "roi_align", 1.5, dtype),
+                    Bar("roi_crop", name, "bwd", "merged", 3, dtype),
+                ]
     bars += [
         Bar("graph_conv", "batch48", "fwd", "reference", 3),
         Bar("graph_conv", "batch12288", "fwd", "cublas", 0.9),

@@ -160,6 +160,11 @@ def roi_align(features: Tensor, rois: Tensor) -> Tensor:
     return crops.unflatten(0, (batch, regions))
 
 
+def through_float32(peer: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """A peer that wants one dtype: that of the boxes, since coordinates in bfloat16 would lie elsewhere."""
+    return lambda features, rois: peer(features.float(), rois).to(features.dtype)
+
+
 class Graphed:
     """A forward pass captured once as a CUDA graph and replayed while its arguments stay the same tensors."""
 
@@ -224,10 +229,10 @@ def providers(case: Case, mode: str, dtype: torch.dtype, device: str) -> dict[st
     }
     found: dict[str, Callable] = {"reference": getattr(reference, case.operator)}
     plain = dtype == torch.float32
-    if case.operator == "roi_crop" and plain:
-        found["merged"] = peers.roi_crop_merged
+    if case.operator == "roi_crop":
+        found["merged"] = through_float32(peers.roi_crop_merged)
         if find_spec("torchvision") and mode == "fwd":
-            found["roi_align"] = roi_align
+            found["roi_align"] = through_float32(roi_align)
     if case.operator == "region_conv" and plain:
         found |= region_cases.PEERS
     if case.operator == "graph_conv":

@@ -156,6 +156,27 @@ def same_bits_again(device: str) -> Iterator[str]:
         yield f"{sample.operator} {backend}"
 
 
+def same_bits_at_size(device: str, made: list[harness.Case] | None = None) -> Iterator[str]:
+    """Two calls at the largest sizes that are timed, the same bits, outputs and gradients.
+
+    Args:
+        device: where.
+        made: cases; None for those of `roi_crop` and the largest of `graph_gru`.
+    """
+    sizes = gpu_cases.roi_crop_cases(device) + gpu_cases.graph_gru_cases(device, (256,))
+    for case in sizes if made is None else made:
+        for each in gpu_cases.runs([replace(case, passes=("fwd+bwd",))], device):
+            if each.provider not in BACKENDS:
+                continue
+            first, second = (
+                harness.compute(each.function, case.make(each.dtype), each.mode) for _ in range(2)
+            )
+            for name, value in first.items():
+                equal = torch.equal(value, second[name])
+                _demand(equal, f"{case.operator} {each}: {name} differs from call to call")
+            yield f"{case.operator} {each}"
+
+
 @contextmanager
 def poisoned() -> Iterator[None]:
     """NaN in all memory that PyTorch hands out and nobody has written yet."""
@@ -350,6 +371,7 @@ CHECKS = {
         papers_sizes,
         tf32,
         same_bits_again,
+        same_bits_at_size,
         other_stream,
         graph_replay,
         beyond_32_bits,

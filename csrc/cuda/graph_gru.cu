@@ -56,6 +56,7 @@ Walk describe(const char* what, const Tensor& gates, const Tensor& theta, const 
   const int64_t m = gates.size(0), c = gates.size(3) / 3, padded = (c + 15) / 16 * 16, K = supports.size(1);
   check_argument(what, "gates", gates, dtype, {m, gates.size(1), gates.size(2), 3 * c}, "gates", gates);
   check_argument(what, "theta", theta, dtype, {m, 3 * K * padded * padded}, "gates", gates);
+  STD_TORCH_CHECK(aligned({theta.data_ptr()}), what, ": theta must begin at a multiple of 16 bytes");
   check_argument(what, "supports", supports, ScalarType::Float, {m, K, m}, "gates", gates);
   if (h0.has_value())
     check_argument(what, "h0", *h0, ScalarType::Float, {gates.size(1), m, c}, "gates", gates);

@@ -20,6 +20,7 @@ from benchmarks import gpu, gpu_cases, gpu_checks, table
 from benchmarks.bars import BARS
 from benchmarks.harness import Run, compute, distance
 from benchmarks.harness import check as check_run
+from tests.packaging.conftest import needs_nvcc
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -76,15 +77,18 @@ def test_cudnn_does_as_many_products_as_graph_gru() -> None:
     assert 2 * weights * 2 * 12 * 48 == case.flops - mixes - theta
 
 
-def test_every_target_is_about_runs_that_exist() -> None:
+def test_every_target_is_about_runs_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_cases, "find_spec", lambda name: True)  # torchvision may be missing here
     cases = [case for make in gpu_cases.CASES.values() for case in make("cpu")]
-    runs = gpu_cases.runs(cases, "cpu")
-    timed = {(run.case.operator, run.case.name, run.mode, str(run.dtype)[6:]) for run in runs}
-    peers = {(run.case.operator, run.provider) for run in runs}
-    peers |= {("roi_crop", "roi_align"), ("graph_gru", "graph")}  # need torchvision, a GPU
+    timed = {
+        (run.case.operator, run.case.name, run.mode, str(run.dtype)[6:], run.provider)
+        for run in gpu_cases.runs(cases, "cpu")
+    }
     for bar in BARS["cuda"]:
-        assert (bar.operator, bar.case, bar.mode, bar.dtype) in timed, bar
-        assert bar.against in ("copy", "step") or (bar.operator, bar.against) in peers, bar
+        about = bar.operator, bar.case, bar.mode, bar.dtype
+        assert (*about, "cpu") in timed, bar
+        if bar.against not in ("copy", "step", "graph"):  # two are no providers, a CUDA graph needs a GPU
+            assert (*about, bar.against) in timed, bar
 
 
 def test_bytes_and_operations_of_a_pass_add_up() -> None:
@@ -293,6 +297,25 @@ def test_the_papers_sizes_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
         list(gpu_checks.papers_sizes("cpu", small))
 
 
+def test_bits_that_change_from_call_to_call_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = [*gpu_cases.roi_crop_cases("cpu", 1)[:1], *gpu_cases.graph_gru_cases("cpu", (1,))]
+    found = list(gpu_checks.same_bits_at_size("cpu", small))
+    assert found[:2] == [f"roi_crop layer2-nchw-fwd+bwd-{dtype}-cpu" for dtype in ("float32", "bfloat16")]
+    assert [line.split()[0] for line in found[2:]] == ["graph_gru"] * 2
+    right, calls = gpu_checks.harness.compute, []
+
+    def another_order_of_adding(function, inputs, mode):
+        calls.append(found := right(function, inputs, mode))
+        if len(calls) == 2:
+            last = found["gradient 1"].view(-1)[-1]
+            last.copy_(torch.nextafter(last, last + 1))
+        return found
+
+    monkeypatch.setattr(gpu_checks.harness, "compute", another_order_of_adding)
+    with pytest.raises(gpu_checks.Failed, match="float32-cpu: gradient 1 differs from call to call"):
+        list(gpu_checks.same_bits_at_size("cpu", small))
+
+
 @pytest.mark.parametrize(
     ("launched_on", "asleep", "what"),
     [
@@ -394,6 +417,30 @@ def test_the_script_measures_nothing_without_a_gpu() -> None:
     assert done.returncode == 2 and "every GPU bar stays open" in done.stderr
 
 
+def test_a_run_left_out_does_not_spare_the_sanitizers(tmp_path: Path) -> None:
+    """Stand-ins for a GPU's Python, whose `time` leaves a run out, and for the sanitizer."""
+    tree, tools = tmp_path / "copy", tmp_path / "tools"
+    for folder in (tools, tree / "aufast", tree / "kernels", tree / "benchmarks"):
+        folder.mkdir(parents=True)
+    shutil.copy(ROOT / "benchmarks" / "gpu.sh", tree / "benchmarks")
+    for name, lines in (
+        ("python", 'echo "stage $3"\n[ "$3" != time ]'),
+        ("compute-sanitizer", 'echo "watched by $2"'),
+    ):
+        (tools / name).write_text(f"#!/bin/sh\n{lines}\n")
+        (tools / name).chmod(0o755)
+    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PYTHON": str(tools / "python"), "PATH": path}
+    done = subprocess.run([tree / "benchmarks" / "gpu.sh"], env=environment, capture_output=True, text=True)
+    said = done.stdout.splitlines()
+    tools_of_it = ("memcheck", "racecheck", "initcheck")
+    assert said[said.index("stage time") :] == [
+        "stage time",
+        *(line for tool in tools_of_it for line in (f"sanitize: {tool}", f"watched by {tool}")),
+    ]
+    assert done.returncode == 1, done.stderr
+
+
 # What torch itself imports.
 NEEDED = "torch torchgen functorch sympy mpmath networkx jinja2 markupsafe filelock fsspec typing_extensions"
 
@@ -429,7 +476,7 @@ def test_checks_need_torch_alone(torch_alone: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on PATH")
+@needs_nvcc
 def test_the_script_builds_with_torch_and_nvcc_alone(torch_alone: Path, tmp_path: Path) -> None:
     """Of small sources, in a copy of the repository."""
     tree = tmp_path / "a copy"

@@ -11,18 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.packaging.conftest import build, copy_tree
+from tests.packaging.conftest import build, copy_tree, needs_nvcc
 from tests.packaging.test_wheel import ALLOWED, symbols
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on PATH"),
-]
+pytestmark = [pytest.mark.slow, needs_nvcc]
 ARCHITECTURES = ("sm_80", "sm_90a")
-FUNCTION = re.compile(
-    r"Compiling entry function '(?P<name>\w+)' for '(?P<architecture>\w+)'.*?"
-    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads",
-    re.DOTALL,
+ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
+USAGE = re.compile(  # of a kernel, or of a function that it calls
+    r"Function properties for (?P<name>\w+)\n"
+    r" *(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+    r"(?P<loads>\d+) bytes spill loads"
 )
 
 
@@ -45,14 +43,18 @@ def test_the_default_build_is_for_both_and_for_later_ones(built: tuple[Path, str
 
 
 def test_no_kernel_spills(built: tuple[Path, str]) -> None:
-    kernels = [match.groupdict() for match in FUNCTION.finditer(built[1])]
+    kernels = ENTRY.findall(built[1])
+    used = [match.groupdict() for match in USAGE.finditer(built[1])]
+    assert len(kernels) == built[1].count("Compiling entry function")
+    assert len(used) == built[1].count("bytes stack frame")
+    names = {name for name, _ in kernels}
+    assert sorted(each["name"] for each in used if each["name"] in names) == sorted(n for n, _ in kernels)
     for architecture in ARCHITECTURES:
-        names = [k["name"] for k in kernels if k["architecture"] == architecture]
+        names = [name for name, target in kernels if target == architecture]
         assert len(names) == len(set(names))
         for operator in ("roi_crop_boxes", "roi_crop_gradients", "graph_gru_forward", "graph_gru_backward"):
             assert any(operator in name for name in names), f"{operator} for {architecture}"
-    spilling = [k for k in kernels if int(k["stack"]) or int(k["stores"]) or int(k["loads"])]
-    assert spilling == []
+    assert [u for u in used if int(u["stack"]) or int(u["stores"]) or int(u["loads"])] == []
 
 
 def test_the_library_exports_nothing_and_needs_only_torch(built: tuple[Path, str]) -> None:

@@ -343,3 +343,19 @@ def test_raw_steps_refuse_what_does_not_fit(name: str) -> None:
             steps(key, *(right | {name: wrong}).values())
     with pytest.raises(RuntimeError, match="the gates must be float32, bfloat16 or float16"):
         steps(key, *(right | {"gates": right["gates"].double()}).values())
+
+
+def test_raw_steps_refuse_an_unaligned_theta() -> None:
+    """A block copies its matrices sixteen bytes at a time."""
+    right = steps_arguments()
+    key = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    forward = torch.ops.aufast.graph_gru_steps.default.redispatch
+    backward = torch.ops.aufast.graph_gru_steps_backward.default.redispatch
+    out, h_last, saved = forward(key, *(right | {"save": True}).values())
+    shifted = torch.zeros(right["theta"].numel() + 1)[1:].view_as(right["theta"])
+    _, _, supports, h0, lengths, tf32, _ = right.values()
+    assert len(backward(key, out, h_last, out, saved, right["theta"], supports, h0, lengths, tf32)) == 2
+    with pytest.raises(RuntimeError, match="graph_gru_steps: theta must begin at a multiple of 16 bytes"):
+        forward(key, *(right | {"theta": shifted}).values())
+    with pytest.raises(RuntimeError, match="graph_gru_steps_backward: theta must begin at a multiple of 16"):
+        backward(key, out, h_last, out, saved, shifted, supports, h0, lengths, tf32)

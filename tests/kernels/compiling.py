@@ -48,6 +48,7 @@ def compiled_launches(capability: int, call: Callable[[], object]) -> list[Compi
             call()
     finally:
         driver._active = before
+    assert kernels, "nothing was launched, so nothing is proved"
     return kernels
 
 

@@ -95,6 +95,11 @@ def test_compiles_without_spills(
         assert not re.search(r"\b(atom|red)\.", kernel.asm["ptx"]), f"{kernel.metadata.name} uses atomics"
 
 
+def test_a_call_that_launches_nothing_is_no_proof() -> None:
+    with pytest.raises(AssertionError, match="nothing was launched"):
+        compiled_launches(90, lambda: None)
+
+
 def test_a_silent_cuobjdump_is_no_proof(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     silent = tmp_path / "cuobjdump"
     silent.write_text("#!/bin/sh\n")

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import setuptools
 
+import build_kernels
+
 ROOT = Path(__file__).resolve().parents[2]
 SWITCHES = (
     "AUFAST_SKIP_EXT",
@@ -56,6 +58,18 @@ def run(command: list[str | Path], cwd: Path, **variables: str) -> subprocess.Co
 
 def build(tree: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     return run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], tree, **variables)
+
+
+def nvcc_missing() -> str:
+    """Why the build finds no nvcc here, else nothing."""
+    try:
+        build_kernels.find_nvcc()
+    except build_kernels.Unavailable as reason:
+        return str(reason)
+    return ""
+
+
+needs_nvcc = pytest.mark.skipif(bool(nvcc_missing()), reason=nvcc_missing())
 
 
 def copy_tree(target: Path) -> Path:

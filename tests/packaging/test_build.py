@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import aufast
-from tests.packaging.conftest import ROOT, build, run
+from tests.packaging.conftest import ROOT, build, needs_nvcc, run
 
 USE = """
 import torch
@@ -122,7 +121,7 @@ def test_cuda_sources_say_why_they_were_left_out(small_tree: Path) -> None:
     assert "cuda not built: nvcc was not found (looked for /nonexistent/bin/nvcc); set CUDA_HOME" in missing
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on PATH")
+@needs_nvcc
 def test_force_cuda_compiles_for_the_listed_architectures(small_tree: Path) -> None:
     (small_tree / "csrc/cpu").rename(small_tree / "csrc/cuda")  # its .cpp files are no CUDA sources
     (small_tree / "csrc/cuda/fill.cu").write_text("__global__ void fill(float* x) { x[threadIdx.x] = 1; }\n")
