@@ -20,7 +20,7 @@ from aufast.data.packed import read_json
 from aufast.files import locked, write_whole, writing
 from aufast.models import AARConfig, MARGLConfig
 from aufast.train.batches import Split
-from aufast.train.checkpoint import remove_unlinked
+from aufast.train.checkpoint import finish_links, remove_unlinked
 from aufast.train.config import AARRun, DataConfig, MARGLRun, OptimizerConfig, StageConfig
 
 CONFIG, SPLIT, METRICS = "config.json", "split.json", "metrics.jsonl"
@@ -93,6 +93,7 @@ def open_run(run: Path, config: MARGLRun | AARRun, split: Split, resume: bool) -
             about |= {"synthetic": split.packed.synthetic, **split.subjects()}
             write_whole(run / SPLIT, (json.dumps(about, indent=1) + "\n").encode())
             write_whole(run / CONFIG, (json.dumps(describe(config), indent=1) + "\n").encode())
+        finish_links(run)
         remove_unlinked(run)
         yield
 
