@@ -91,6 +91,7 @@ def _read_video(root: Path, images: Path, file: Path, aus: tuple[int, ...]) -> V
     if not has_image.all():
         notes.append(f"{file.stem}: no image for coded frames {some(numbers[~has_image])}")
     kept = numbers[has_image]
+    landmarks, landmark_files = _find_landmarks(root, file.stem, np.array(list(found)))
     return Video(
         dataset="bp4d",
         subject=subject,
@@ -100,7 +101,8 @@ def _read_video(root: Path, images: Path, file: Path, aus: tuple[int, ...]) -> V
         labels=labels[has_image],
         mask=mask[has_image],
         images=tuple(found[int(number)] for number in kept),
-        landmarks=_landmark_loader(root, file.stem, np.array(list(found))),
+        landmarks=landmarks,
+        landmark_files=landmark_files,
         notes=tuple(notes),
         synthetic=is_synthetic(root),
     )
@@ -126,13 +128,15 @@ def read_codes(file: Path, aus: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray
     return numbers, labels, mask
 
 
-def _landmark_loader(root: Path, name: str, image_numbers: np.ndarray) -> LandmarkLoader | None:
+def _find_landmarks(
+    root: Path, name: str, image_numbers: np.ndarray
+) -> tuple[LandmarkLoader | None, tuple[Path, ...]]:
     own, released = root / "Landmarks" / f"{name}.csv", root / "2DFeatures" / f"{name}.mat"
     if own.is_file():
-        return partial(load_landmarks, own)
+        return partial(load_landmarks, own), (own,)
     if released.is_file():
-        return partial(_load_released, released, image_numbers)
-    return None
+        return partial(_load_released, released, image_numbers), (released,)
+    return None, ()
 
 
 def _load_released(path: Path, image_numbers: np.ndarray, numbers: np.ndarray) -> np.ndarray:
