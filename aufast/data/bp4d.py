@@ -34,6 +34,7 @@ from aufast.data.tables import header, increasing, integers, occurrences, read_l
 from aufast.faces import landmarks_49
 
 NOT_CODED = 9
+TASKS = tuple(f"T{k}" for k in range(1, 9))
 _NAME = re.compile(r"([FM][0-9]{3})_(T[0-9]+)")
 
 
