@@ -326,14 +326,17 @@ def _ablation(options: argparse.Namespace) -> int:
 
     also = _run_options("ablation", options.system)
     also.add_argument("--variants", nargs="+", default=(), help="default: all of the system")
-    also.add_argument("--parts", nargs="+", type=int, default=(1, 2, 3), help="default: 1 2 3")
+    also.add_argument(
+        "--parts", nargs="+", type=int, default=(), help="default: 1 2 3; 1 for data with their own split"
+    )
     also.add_argument("--seeds", nargs="+", type=int, default=(0,), help="default: 0")
     config, others = parse_run(options.system, options.options, also)
     text = ablate(config, others.out, variants=others.variants, parts=others.parts, seeds=others.seeds)
     if text is None:
         print("stopped; the same command goes on", file=sys.stderr)
         return STOPPED
-    print(text)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(text)
     return 0
 
 

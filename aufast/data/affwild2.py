@@ -107,6 +107,7 @@ def _read_video(root: Path, images: Path, file: Path, group: str, aus: tuple[int
         mask=mask[keep],
         images=tuple(found[int(number)] for number in numbers[keep]),
         landmarks=partial(load_landmarks, own) if own.is_file() else None,
+        landmark_files=(own,) if own.is_file() else (),
         group=group,
         notes=tuple(notes),
         synthetic=is_synthetic(root),

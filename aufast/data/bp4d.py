@@ -34,6 +34,7 @@ from aufast.data.tables import header, increasing, integers, occurrences, read_l
 from aufast.faces import landmarks_49
 
 NOT_CODED = 9
+TASKS = tuple(f"T{k}" for k in range(1, 9))
 _NAME = re.compile(r"([FM][0-9]{3})_(T[0-9]+)")
 
 
@@ -91,6 +92,7 @@ def _read_video(root: Path, images: Path, file: Path, aus: tuple[int, ...]) -> V
     if not has_image.all():
         notes.append(f"{file.stem}: no image for coded frames {some(numbers[~has_image])}")
     kept = numbers[has_image]
+    landmarks, landmark_files = _find_landmarks(root, file.stem, np.array(list(found)))
     return Video(
         dataset="bp4d",
         subject=subject,
@@ -100,7 +102,8 @@ def _read_video(root: Path, images: Path, file: Path, aus: tuple[int, ...]) -> V
         labels=labels[has_image],
         mask=mask[has_image],
         images=tuple(found[int(number)] for number in kept),
-        landmarks=_landmark_loader(root, file.stem, np.array(list(found))),
+        landmarks=landmarks,
+        landmark_files=landmark_files,
         notes=tuple(notes),
         synthetic=is_synthetic(root),
     )
@@ -126,13 +129,15 @@ def read_codes(file: Path, aus: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray
     return numbers, labels, mask
 
 
-def _landmark_loader(root: Path, name: str, image_numbers: np.ndarray) -> LandmarkLoader | None:
+def _find_landmarks(
+    root: Path, name: str, image_numbers: np.ndarray
+) -> tuple[LandmarkLoader | None, tuple[Path, ...]]:
     own, released = root / "Landmarks" / f"{name}.csv", root / "2DFeatures" / f"{name}.mat"
     if own.is_file():
-        return partial(load_landmarks, own)
+        return partial(load_landmarks, own), (own,)
     if released.is_file():
-        return partial(_load_released, released, image_numbers)
-    return None
+        return partial(_load_released, released, image_numbers), (released,)
+    return None, ()
 
 
 def _load_released(path: Path, image_numbers: np.ndarray, numbers: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 
 from aufast.aus import OCCURRENCE_RATES
 from aufast.data.affwild2 import read_affwild2
-from aufast.data.bp4d import read_bp4d
+from aufast.data.bp4d import TASKS, read_bp4d
 from aufast.data.disfa import read_disfa
 from aufast.data.generic import read_table
 from aufast.data.protocols import FOLDS
@@ -92,6 +92,13 @@ class Counts:
         positive = sum(video.labels.sum(axis=0, dtype=np.int64) for video in videos)
         return cls(sum(map(len, videos)), tuple(coded.tolist()), tuple(positive.tolist()))
 
+    def cells(self) -> list[str]:
+        """For each AU its positive frames, and behind them the coded ones where these are not all."""
+        return [
+            str(positive) if coded == self.frames else f"{positive}/{coded}"
+            for coded, positive in zip(self.coded, self.positive, strict=True)
+        ]
+
 
 @dataclass(frozen=True)
 class Report:
@@ -104,6 +111,7 @@ class Report:
         videos: how many.
         without_landmarks: names of the videos that bring no landmark file.
         missing: subjects of the published folds that are not here.
+        missing_tasks: BP4D's tasks of subjects that are here, without a video that can be read.
         subjects: counts of each subject.
         total: counts over all.
         notes: what the reader left out.
@@ -116,6 +124,7 @@ class Report:
     videos: int
     without_landmarks: tuple[str, ...]
     missing: tuple[str, ...]
+    missing_tasks: tuple[str, ...]
     subjects: dict[str, Counts]
     total: Counts
     notes: tuple[str, ...]
@@ -131,6 +140,8 @@ class Report:
         ]
         if self.missing:
             lines.append(f"missing subjects of the published folds: {' '.join(self.missing)}")
+        if self.missing_tasks:
+            lines.append(f"no video that can be read of the tasks {' '.join(self.missing_tasks)}")
         if self.without_landmarks:
             count = len(self.without_landmarks)
             lines.append(f"videos without landmark files: {count} of {self.videos} (dlib can find them)")
@@ -144,9 +155,13 @@ class Report:
             lines.append(
                 "Table I of AAR counts the training frames of the data set, so small differences are right."
             )
-        lines += ["", f"{'subject':<12} {'frames':>8}  positive frames of AU {' '.join(map(str, self.aus))}"]
+        aus = " ".join(map(str, self.aus))
+        lines += [
+            "",
+            f"{'subject':<12} {'frames':>8}  positive frames (/coded, where not all are) of AU {aus}",
+        ]
         for subject, counts in self.subjects.items():
-            lines.append(f"{subject:<12} {counts.frames:>8,}  {' '.join(map(str, counts.positive))}")
+            lines.append(f"{subject:<12} {counts.frames:>8,}  {' '.join(counts.cells())}")
         if self.notes:
             lines += ["", *self.notes]
         if self.problems:
@@ -162,6 +177,9 @@ def check_dataset(root: str | os.PathLike[str], dataset: str | None = None, **op
     by_subject: dict[str, list[Video]] = {}
     for video in videos:
         by_subject.setdefault(video.subject, []).append(video)
+    names = {video.name for video in videos}
+    wanted = [f"{subject}_{task}" for subject in sorted(by_subject) for task in TASKS]
+    real_bp4d = name == "bp4d" and not videos[0].synthetic
     expected = [subject for part in FOLDS.get(name, ()) for subject in part]
     return Report(
         dataset=name,
@@ -170,6 +188,7 @@ def check_dataset(root: str | os.PathLike[str], dataset: str | None = None, **op
         videos=len(videos),
         without_landmarks=tuple(video.name for video in videos if video.landmarks is None),
         missing=tuple(sorted(set(expected) - set(by_subject))),
+        missing_tasks=tuple(task for task in wanted if task not in names) if real_bp4d else (),
         subjects={subject: Counts.of(by_subject[subject]) for subject in sorted(by_subject)},
         total=Counts.of(videos),
         notes=tuple(note for video in videos for note in video.notes),

@@ -112,12 +112,14 @@ def _read_subject(
 ) -> Video:
     subject = folder.name
     numbers, labels, mask = read_intensities(folder, aus)
+    landmarks, landmark_files = _find_landmarks(root, subject)
     common = {
         "dataset": "disfa",
         "subject": subject,
         "name": subject,
         "aus": aus,
-        "landmarks": _landmark_loader(root, subject),
+        "landmarks": landmarks,
+        "landmark_files": landmark_files,
         "synthetic": is_synthetic(root),
     }
     images = first_folder(root, f"Images/{subject}", subject)
@@ -203,12 +205,14 @@ def _find_movie(root: Path, subject: str, camera: str | None) -> Path:
     return next(iter(found.values()))
 
 
-def _landmark_loader(root: Path, subject: str) -> LandmarkLoader | None:
+def _find_landmarks(root: Path, subject: str) -> tuple[LandmarkLoader | None, tuple[Path, ...]]:
     own = root / "Landmarks" / f"{subject}.csv"
     if own.is_file():
-        return partial(load_landmarks, own)
+        return partial(load_landmarks, own), (own,)
     folder = first_folder(root, f"Landmark_Points/{subject}/tmp_frame_lm", f"Landmark_Points/{subject}")
-    return None if folder is None else partial(_load_released, folder, subject)
+    if folder is None:
+        return None, ()
+    return partial(_load_released, folder, subject), tuple(sorted(folder.glob("*_lm.mat")))
 
 
 def _load_released(folder: Path, subject: str, numbers: np.ndarray) -> np.ndarray:

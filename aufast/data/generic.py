@@ -69,7 +69,7 @@ def read_table(
     columns = spec["columns"]
     wanted = [*columns.values(), *(spec["labels"][str(au)] for au in aus)]
     table = path.parent / _inside(path, spec["table"])
-    points, loader = spec.get("landmarks"), None
+    points, loader, pointed = spec.get("landmarks"), None, None
     if points is not None:
         points = {"first": 0, "one_based": False, "table": spec["table"], **points}
         pointed = path.parent / _inside(path, points["table"])
@@ -79,7 +79,7 @@ def read_table(
     for line, row in _rows(table, wanted):
         videos.setdefault(row[columns["video"]], []).append((line, row))
     return read_each(
-        lambda item: _video(path, table, spec, *item, aus, loader), list(videos.items()), problems
+        lambda item: _video(path, table, spec, *item, aus, loader, pointed), list(videos.items()), problems
     )
 
 
@@ -172,6 +172,7 @@ def _video(
     rows: list[Row],
     aus: tuple[int, ...],
     loader: Any,
+    pointed: Path | None,
 ) -> Video:
     columns = spec["columns"]
     if not re.fullmatch(r"[\w.+ -]+", name) or name.startswith("."):
@@ -212,6 +213,7 @@ def _video(
         landmarks=None
         if loader is None
         else partial(loader, dict(zip(images, numbers.tolist(), strict=True))),
+        landmark_files=() if pointed is None else (pointed,),
         group=rows[0][1][columns["group"]] if "group" in columns else "",
         synthetic=is_synthetic(path.parent),
     )
@@ -226,7 +228,8 @@ def _load_points(
     table: Path, key: str, points: Mapping[str, Any], images: Mapping[str, int], numbers: np.ndarray
 ) -> np.ndarray:
     """Landmarks of a video's frames from a table; `images` gives each image's frame number."""
-    found, values = _read_points(table, key, tuple(_point_columns(points)))
+    changed = table.stat().st_mtime_ns
+    found, values = _read_points(table, changed, key, tuple(_point_columns(points)))
     rows = [row for row, image in enumerate(found) if image in images]
     array = values[rows].reshape(len(rows), points["count"], 2)
     frames = np.array([images[found[row]] for row in rows], np.int64)
@@ -234,8 +237,10 @@ def _load_points(
 
 
 @lru_cache(maxsize=1)  # a table holds many videos, and each of them asks
-def _read_points(table: Path, key: str, columns: tuple[str, ...]) -> tuple[list[str], np.ndarray]:
-    """Images and coordinates, float32 (rows, columns), of a table of landmarks."""
+def _read_points(
+    table: Path, changed: int, key: str, columns: tuple[str, ...]
+) -> tuple[list[str], np.ndarray]:
+    """Images and coordinates, float32 (rows, columns), of a table of landmarks as it was `changed` last."""
     rows = _rows(table, [key, *columns])
     values = np.empty((len(rows), len(columns)), np.float32)
     for k, (line, row) in enumerate(rows):

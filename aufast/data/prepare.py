@@ -162,13 +162,18 @@ class _Job:
     landmarks: str
 
     def fingerprint(self) -> str:
-        """Of all that the packed folder depends on, but for the pixels."""
+        """Of all that the packed folder depends on, but for the pixels.
+
+        Landmark files count by name, size and time of change.
+        """
         video = self.video
         digest = hashlib.sha256()
         for array in (video.numbers, video.labels, video.mask):
             digest.update(f"{array.dtype} {array.shape} ".encode() + array.tobytes())
         files = [path.name for path in video.images] if video.images else [str(video.movie)]
         facts = [FORMAT_VERSION, video.subject, video.group, video.aus, self.size, self.landmarks, files]
+        points = [(path.name, path.stat()) for path in video.landmark_files if self.landmarks != "dlib"]
+        facts += [(name, stat.st_size, stat.st_mtime_ns) for name, stat in points]
         digest.update(json.dumps([*facts, video.landmarks is None]).encode())
         return digest.hexdigest()
 

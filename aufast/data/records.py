@@ -37,6 +37,7 @@ class Video:
         movie: a video file, or None.
         positions: int64 (n,), each frame's place in `movie`, from 0.
         landmarks: loads landmarks by frame number; None where the data set brings none.
+        landmark_files: what it reads.
         group: the data set's own split, such as "train"; empty where it has none.
         notes: what was left out and why, a sentence each.
         synthetic: the frames were generated, not filmed.
@@ -53,6 +54,7 @@ class Video:
     movie: Path | None = None
     positions: np.ndarray | None = None
     landmarks: LandmarkLoader | None = None
+    landmark_files: tuple[Path, ...] = ()
     group: str = ""
     notes: tuple[str, ...] = ()
     synthetic: bool = False

@@ -14,6 +14,7 @@ from aufast.models.margl import VARIANTS as MARGL_VARIANTS
 from aufast.train.config import AARRun, MARGLRun
 from aufast.train.loop import train
 from aufast.train.metrics import F1Result, mean_defined
+from aufast.train.processes import join
 from aufast.train.report import evaluate_runs, grid, published
 
 _MARGL_PARTS = ("ROI", "AROI", "multi-level", "intra", "inter")
@@ -24,7 +25,7 @@ def ablate(
     out: str | os.PathLike[str],
     *,
     variants: Sequence[str] = (),
-    parts: Sequence[int] = (1, 2, 3),
+    parts: Sequence[int] = (),
     seeds: Sequence[int] = (0,),
 ) -> str | None:
     """Train every variant on every part with every seed, test it, and write the paper's table.
@@ -35,21 +36,22 @@ def ablate(
         config: of the runs; their variant, part and seed are replaced.
         out: a folder; OUT/VARIANT/part-P-seed-S are the runs, OUT/ablation.txt and .json the table.
         variants: names of models; none means all of the system.
-        parts: which parts are tested, from 1; one for data with their own split.
+        parts: which parts are tested, from 1; none means all three, or the one of data with their own split.
         seeds: F1 is averaged over them.
 
     Returns:
         The table; None when SIGTERM stopped it.
 
     Raises:
-        ValueError: a variant of another system, or what `train` and `evaluate_runs` raise.
+        ValueError: a variant of another system, several parts of data with their own split, or what `train`
+            and `evaluate_runs` raise.
     """
     system = MARGL if isinstance(config, MARGLRun) else AAR
     variants = tuple(variants) or system.variants
     for name in variants:
         if name not in system.variants:
             raise ValueError(f"variants must be of {', '.join(system.variants)}, got {name!r}")
-    out, results = Path(out), {}
+    parts, out, results = _which_parts(config, parts), Path(out), {}
     for name in variants:
         by_seed = []
         for seed in seeds:
@@ -80,10 +82,20 @@ def ablate(
         "f1": {name: [list(result.f1) for result in found] for name, found in rows.items()},
         "mean": {name: [result.mean for result in found] for name, found in rows.items()},
     }
-    with writing(out, "the runs are as they were"):
-        write_whole(out / "ablation.txt", (text + "\n").encode())
-        write_whole(out / "ablation.json", (json.dumps(values, indent=1) + "\n").encode())
+    if join(config.device).first:
+        with writing(out, "the runs are as they were"):
+            write_whole(out / "ablation.txt", (text + "\n").encode())
+            found = json.dumps(values, indent=1).replace("NaN", "null")
+            write_whole(out / "ablation.json", (found + "\n").encode())
     return text
+
+
+def _which_parts(config: MARGLRun | AARRun, parts: Sequence[int]) -> tuple[int, ...]:
+    """The parts that are asked for; data with their own split test one group, whatever its number."""
+    groups = config.data.split == "groups"
+    if groups and len(parts) > 1:
+        raise ValueError(f"parts must be one where data.split is groups, got {', '.join(map(str, parts))}")
+    return tuple(parts) or ((1,) if groups else (1, 2, 3))
 
 
 def table(rows: dict[str, list[F1Result]], dataset: str, synthetic: bool) -> str:

@@ -6,8 +6,9 @@ RUN/checkpoints/00000120/   config.json, model.safetensors   as `save_pretrained
                             SHA256SUMS                       of the four
 RUN/last, RUN/best          links to two of them
 
-A checkpoint is written into a hidden folder and takes its name by a rename; then the link moves to it. So at
-every moment `last` is a whole checkpoint, whenever the process is killed.
+A checkpoint is written into a hidden folder and takes its name by a rename; then its links move to it, `last`
+first. So at every moment `last` is a whole checkpoint, whenever the process is killed, and it says whether
+it is `best` too.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Position:
         best: the best validation result of this stage, in percent; None without one.
         finished: nothing is left to do.
         scaler: state of the gradient scaler of float16; empty without one.
+        links: the names that its checkpoint gets, in the order in which they move.
     """
 
     stage: int = 0
@@ -56,19 +58,17 @@ class Position:
     best: float | None = None
     finished: bool = False
     scaler: dict[str, Any] = dataclasses.field(default_factory=dict)
+    links: tuple[Link, ...] = ("last",)
 
 
-def save_checkpoint(
-    run: Path, model: MARGL | AAR, moments: dict[str, Tensor], position: Position, links: tuple[Link, ...]
-) -> None:
-    """Write a checkpoint and have links point to it; checkpoints without a link are removed.
+def save_checkpoint(run: Path, model: MARGL | AAR, moments: dict[str, Tensor], position: Position) -> None:
+    """Write a checkpoint and have its links point to it; checkpoints without a link are removed.
 
     Args:
         run: the run's folder.
         model: what is trained.
         moments: of the optimiser, from `optimizer_tensors`.
-        position: where in the run this is.
-        links: which names it gets.
+        position: where in the run this is, and which names it gets.
 
     Raises:
         OSError: it cannot be written; what was there before is still there.
@@ -89,13 +89,24 @@ def save_checkpoint(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for link in links:
-        fresh = run / f".{link}.{os.getpid()}"
-        fresh.unlink(missing_ok=True)
-        fresh.symlink_to(Path(CHECKPOINTS) / folder.name)
-        os.replace(fresh, run / link)
+    for link in position.links:
+        _move_link(run, link, folder.name)
     sync_folder(run)
     remove_unlinked(run)
+
+
+def _move_link(run: Path, link: Link, name: str) -> None:
+    fresh = run / f".{link}.{os.getpid()}"
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(Path(CHECKPOINTS) / name)
+    os.replace(fresh, run / link)
+
+
+def finish_links(run: Path) -> None:
+    """Move `best` to the last checkpoint where that is the best and a kill came between the two moves."""
+    if (run / "last").exists() and "best" in read_json(run / "last" / STATE, "").get("links", ()):
+        _move_link(run, "best", (run / "last").resolve().name)
+        sync_folder(run)
 
 
 def load_checkpoint(folder: Path) -> tuple[MARGL | AAR, dict[str, Tensor], Position]:
@@ -112,7 +123,8 @@ def load_checkpoint(folder: Path) -> tuple[MARGL | AAR, dict[str, Tensor], Posit
     for name in (MOMENTS, STATE):
         if not (folder / name).is_file() or file_sum(folder / name) != sums.get(name):
             raise ValueError(f"{folder / name}: missing, cut short or changed: its SHA-256 is not in {SUMS}")
-    position = Position(**read_json(folder / STATE, ""))
+    values = read_json(folder / STATE, "")
+    position = Position(**{**values, "links": tuple(values.get("links", ()))})
     return model, safetensors.torch.load_file(folder / MOMENTS), position
 
 

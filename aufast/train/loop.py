@@ -332,8 +332,10 @@ class Trainer:
         if not self.processes.first:
             return
         with writing(self.out, kept(self.out)):
-            self.position = replace(self.position, metrics=self.log.sync(), scaler=self.scaler.state_dict())
-            save_checkpoint(self.out, self.model, optimizer_tensors(optimizer), self.position, links)
+            self.position = replace(
+                self.position, metrics=self.log.sync(), scaler=self.scaler.state_dict(), links=links
+            )
+            save_checkpoint(self.out, self.model, optimizer_tensors(optimizer), self.position)
 
 
 def make_optimizer(config: OptimizerConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

@@ -1,7 +1,7 @@
 """A run's folder: its settings, who is in which part, and what was measured.
 
 RUN/config.json     the settings; --resume refuses others
-RUN/split.json      the data, and the subjects of training, validation and test
+RUN/split.json      the data, and the subjects of training, validation and test; --resume refuses others
 RUN/metrics.jsonl   a line every few steps and one an epoch
 RUN/checkpoints/    see `aufast.train.checkpoint`
 """
@@ -20,7 +20,7 @@ from aufast.data.packed import read_json
 from aufast.files import locked, write_whole, writing
 from aufast.models import AARConfig, MARGLConfig
 from aufast.train.batches import Split
-from aufast.train.checkpoint import remove_unlinked
+from aufast.train.checkpoint import finish_links, remove_unlinked
 from aufast.train.config import AARRun, DataConfig, MARGLRun, OptimizerConfig, StageConfig
 
 CONFIG, SPLIT, METRICS = "config.json", "split.json", "metrics.jsonl"
@@ -79,29 +79,34 @@ def open_run(run: Path, config: MARGLRun | AARRun, split: Split, resume: bool) -
     """Make or take over a run's folder, and keep others out of it.
 
     Raises:
-        ValueError: the folder holds something and `resume` is False, its settings differ, or another process
-            is at work on it.
+        ValueError: the folder holds something and `resume` is False, its settings or its data differ, or
+            another process is at work on it.
     """
     if not resume and run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise ValueError(f"{run}: already exists; --resume goes on with it, or name a new folder")
     run.mkdir(parents=True, exist_ok=True)
     with locked(run, "training"):
+        about = {"root": str(split.packed.root), "dataset": split.packed.dataset}
+        about |= {"synthetic": split.packed.synthetic, **split.subjects()}
         if (run / CONFIG).exists():
-            _compare(run, config)
+            _compare(run, config, about)
         else:
-            about = {"root": str(split.packed.root), "dataset": split.packed.dataset}
-            about |= {"synthetic": split.packed.synthetic, **split.subjects()}
             write_whole(run / SPLIT, (json.dumps(about, indent=1) + "\n").encode())
             write_whole(run / CONFIG, (json.dumps(describe(config), indent=1) + "\n").encode())
+        finish_links(run)
         remove_unlinked(run)
         yield
 
 
-def _compare(run: Path, config: MARGLRun | AARRun) -> None:
+def _compare(run: Path, config: MARGLRun | AARRun, about: dict[str, Any]) -> None:
     before, now = (_flat(describe(c)) for c in (read_config(run), config))
     for key in before.keys() | now.keys():
         if key not in _FREE and before.get(key) != now.get(key):
             raise ValueError(f"{run}: was begun with {key} {before.get(key)}, not {now.get(key)}")
+    split = read_json(run / SPLIT, "which data the run was begun with is not known")
+    for key, value in about.items():
+        if key != "root" and split.get(key) != value:
+            raise ValueError(f"{run}: was begun with other data: {key} differs from {SPLIT}")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

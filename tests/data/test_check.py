@@ -32,6 +32,13 @@ def test_report(tmp_path: Path) -> None:
     assert lines[0] == "bp4d: 2 subjects, 3 videos, 4 labelled frames with a picture"
     assert "   1         4         2    50.0     21.1" in lines
     assert "   2         3         1    33.3     17.1" in lines
+    assert "F001                3  2 0/2 0 0 0 0 0 0 0 0 0 0" in lines, "AU 2 is coded in two of three frames"
+    assert "M001                1  0 1 0 0 0 0 0 0 0 0 0 0" in lines
+    assert report.missing_tasks == (
+        *(f"F001_T{k}" for k in range(3, 9)),
+        *(f"M001_T{k}" for k in range(2, 9)),
+    )
+    assert f"no video that can be read of the tasks {' '.join(report.missing_tasks)}" in lines
     assert lines[-1] == "M001_T1: no image for coded frames 2"
 
 
@@ -40,6 +47,7 @@ def test_report_says_synthetic(tmp_path: Path) -> None:
     (tmp_path / MARKER).write_text("{}")
     report = check_dataset(tmp_path)
     assert report.synthetic and report.text().startswith("synthetic bp4d:")
+    assert report.missing_tasks == () and "of the tasks" not in report.text()
 
 
 def test_detects_each_layout(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,11 @@ def test_landmarks(tmp_path: Path, where: str, first: int) -> None:
     one, two = read_table(path)
     np.testing.assert_allclose(one.landmarks(one.numbers), [trees.POINTS - 1, trees.POINTS + 4])
     assert np.isnan(two.landmarks(two.numbers)).all()
+    (table,) = one.landmark_files
+    table.write_text(table.read_text().replace(str(trees.POINTS[0, 0]), "1"))  # corrected, while this runs
+    os.utime(table, ns=(0, 0))
+    assert one.landmarks(one.numbers)[1, 0, 0] == 4 + trees.POINTS[0, 0]
+    assert one.landmarks(one.numbers)[0, 0, 0] == 0
 
 
 @pytest.mark.parametrize(

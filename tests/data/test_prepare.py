@@ -170,6 +170,18 @@ def test_labels_that_changed_are_packed_anew(tmp_path: Path, monkeypatch: pytest
     assert PackedDataset(tmp_path / "out", verify=True).videos[0].labels[:, 0].tolist() == [1, 0]
 
 
+def test_landmarks_that_were_corrected_are_used(tmp_path: Path) -> None:
+    trees.bp4d(tmp_path / "tree", {"F001_T1": {1: {}}, "F002_T1": {1: {}}})
+    prepare_dataset(tmp_path / "tree", tmp_path / "out", size=32)
+    before = PackedDataset(tmp_path / "out").videos[0].landmarks.copy()
+    moved = trees.POINTS + (0, 10) * (np.arange(49) > 40)[:, None]  # parts of the mouth
+    write_landmarks(tmp_path / "tree/Landmarks/F001_T1.csv", np.array([1]), moved[None])
+    assert prepare_dataset(tmp_path / "tree", tmp_path / "out", size=32).kept == 1
+    after = PackedDataset(tmp_path / "out", verify=True).videos[0].landmarks
+    assert (after[0, 41:, 1] > before[0, 41:, 1]).all()
+    assert prepare_dataset(tmp_path / "tree", tmp_path / "out", size=32).kept == 2
+
+
 SCRIPT = """
 import sys
 from aufast.data import prepare_dataset

@@ -230,6 +230,8 @@ def test_disfa_landmarks_of_both_kinds_of_names(tmp_path: Path) -> None:
                 folder / name.format(0), {"pts": points - 9}
             )  # the extra file some subjects have
     for video in read_disfa(tmp_path):
+        assert {path.parent.parent.name for path in video.landmark_files} == {video.subject}
+        assert len(video.landmark_files) == (3 if video.subject == "SN003" else 4)
         loaded = video.landmarks(np.array([2, 3, 40]))
         np.testing.assert_array_equal(loaded[:2], landmarks_49(np.stack([points, points + 1])))
         assert np.isnan(loaded[2]).all()

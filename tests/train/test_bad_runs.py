@@ -216,6 +216,18 @@ def test_other_settings_are_refused_and_free_ones_are_not(packed, tmp_path):
     assert train(MAKERS["margl"](tmp_path / "moved", epochs=1, log_every=9), tmp_path / "run", resume=True)
 
 
+def test_other_data_are_refused(packed, tmp_path):
+    """The same settings, but a training subject is no longer there."""
+    assert train(MAKERS["margl"](packed, epochs=1), tmp_path / "run")
+    trained = json.loads((tmp_path / "run" / "split.json").read_text())["train"]
+    shutil.copytree(packed, tmp_path / "fewer")
+    index = json.loads((packed / "index.json").read_text())
+    index["videos"] = [video for video in index["videos"] if video["subject"] != trained[0]]
+    (tmp_path / "fewer" / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="run: was begun with other data: train differs from split.json"):
+        train(MAKERS["margl"](tmp_path / "fewer", epochs=1), tmp_path / "run", resume=True)
+
+
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "optimizer.safetensors", "training.json", "SHA256SUMS"]
 )

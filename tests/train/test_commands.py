@@ -40,11 +40,14 @@ def test_train_stop_go_on_and_evaluate(settings, tmp_path, monkeypatch, capsys):
     assert "already exists; --resume goes on with it" in capsys.readouterr().err
 
 
-def test_ablation_prints_its_table(settings, tmp_path, capsys):
+def test_ablation_prints_its_table(settings, tmp_path, monkeypatch, capsys):
     words = ["ablation", "margl", "--config", settings, "--out", str(tmp_path / "table"), "--parts", "3"]
     assert main([*words, "--variants", "resnet18"]) == 0
     out = capsys.readouterr().out
     assert "SYNTHETIC resnet18" in out and (tmp_path / "table" / "ablation.txt").read_text() == out
+    monkeypatch.setenv("RANK", "1")
+    assert main([*words, "--variants", "resnet18"]) == 0
+    assert capsys.readouterr().out == "", "one of torchrun's processes prints it"
 
 
 def test_several_runs_need_a_place_for_their_table(capsys):

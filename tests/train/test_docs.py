@@ -62,6 +62,15 @@ def test_the_choices_are_the_recipes():
     assert f"**{cli.STOPPED}**" in PAGE and "carried" in PAGE and "carried" in score.__doc__
 
 
+def test_what_training_waits_for_is_what_was_measured():
+    record = Path(__file__).parents[2] / "benchmarks" / "results" / "2026-11-28-training-2-threads.json"
+    assert f"../benchmarks/results/{record.name}" in PAGE
+    (found,) = re.findall(r"forward and backward on two threads take ([\d.]+) and ([\d.]+) of them", PAGE)
+    text = record.read_text()
+    for system, value in zip(("margl", "aar"), found, strict=True):
+        assert f'"{system}: forward and backward": {value},' in text
+
+
 def test_the_record_is_what_the_page_says():
     record = Path(__file__).parents[2] / "benchmarks" / "results" / "2026-11-28-synthetic-faces.json"
     assert f"../benchmarks/results/{record.name}" in PAGE

@@ -202,6 +202,29 @@ def test_ablation_makes_the_papers_table_and_goes_on(packed, tmp_path, monkeypat
     assert ablate(config, tmp_path, variants=(baseline, system), parts=(3,), seeds=(0, 1)) == text
 
 
+def test_ablation_of_data_with_their_own_split_is_one_part(packed, tmp_path):
+    """An AU that nobody coded in the test group has no F1: null in the file, as JSON has no NaN."""
+    shutil.copytree(packed, tmp_path / "packed")
+    index = json.loads((packed / "index.json").read_text())
+    for k, video in enumerate(index["videos"]):
+        video["group"] = "test" if k < 2 else "train"
+        if k < 2:
+            path = tmp_path / "packed" / "videos" / video["name"] / "mask.npy"
+            mask = np.load(path)
+            mask[:, index["aus"].index(10)] = False
+            np.save(path, mask)
+    (tmp_path / "packed" / "index.json").write_text(json.dumps(index))
+    own = {"split": "groups", "test_group": "test", "part": 1}
+    config = MAKERS["margl"](tmp_path / "packed", epochs=1, data=own)
+    with pytest.raises(ValueError, match="parts must be one where data.split is groups, got 1, 2"):
+        ablate(config, tmp_path / "table", variants=("resnet18",), parts=(1, 2))
+    assert ablate(config, tmp_path / "table", variants=("resnet18",))
+    assert [run.name for run in (tmp_path / "table" / "resnet18").iterdir()] == ["part-1-seed-0"]
+    saved = json.loads((tmp_path / "table" / "ablation.json").read_text(), parse_constant=pytest.fail)
+    f1 = dict(zip(saved["aus"], saved["f1"]["resnet18"][0], strict=True))
+    assert saved["parts"] == [1] and f1[10] is None and f1[12] is not None
+
+
 def test_ablation_of_another_system_is_refused(packed, tmp_path):
     with pytest.raises(ValueError, match="variants must be of .*margl, got 'aar'"):
         ablate(MAKERS["margl"](packed), tmp_path, variants=("aar",))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from aufast.train import loop
+from aufast.train import checkpoint, loop
 from aufast.train.checkpoint import load_checkpoint
 from aufast.train.loop import Trainer, train
 from tests.train.runs import MAKERS, outcome
@@ -82,6 +82,25 @@ def test_kill_at_random_moments(packed, tmp_path, system):
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
     names = {path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()}
     assert names == {(tmp_path / "killed" / link).resolve().name for link in ("last", "best")}
+
+
+def test_best_moves_though_the_kill_came_after_last_had_moved(packed, tmp_path, monkeypatch):
+    inner = checkpoint._move_link
+
+    def move(run, link, name):
+        if link == "best" and (run / "best").exists():  # of the first epoch
+            raise KeyboardInterrupt
+        inner(run, link, name)
+
+    config, run = MAKERS["margl"](packed), tmp_path / "run"
+    monkeypatch.setattr(checkpoint, "_move_link", move)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, run)
+    assert (run / "best").resolve() != (run / "last").resolve()
+    monkeypatch.undo()
+    assert train(config, run, resume=True)
+    (kept,) = (run / "checkpoints").iterdir()
+    assert kept == (run / "best").resolve() == (run / "last").resolve()
 
 
 def test_a_line_of_steps_done_again_is_not_there_twice(packed, tmp_path, monkeypatch):
