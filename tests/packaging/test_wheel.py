@@ -228,7 +228,8 @@ def test_auditwheel_finds_libtorch_alone_outside_of_the_platform(wheel: Path, tm
     (repaired,) = tmp_path.glob("*.whl")
     assert re.fullmatch(r"aufast-[\d.]+-py3-none-manylinux\w+\.whl", repaired.name)
     with zipfile.ZipFile(wheel) as before, zipfile.ZipFile(repaired) as after:
-        assert set(before.namelist()) == set(after.namelist())  # nothing had to be brought along
+        # Nothing had to be brought along; some versions of auditwheel write the folders too.
+        assert set(before.namelist()) == {name for name in after.namelist() if not name.endswith("/")}
 
 
 @pytest.mark.parametrize(
