@@ -13,8 +13,13 @@ import torch
 
 from benchmarks.harness import THREADS, Run, dtype_name, work
 
-# Every larger block goes back to the system when it is freed, so that the resident set is what is in use.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4096", "MALLOC_TRIM_THRESHOLD_": "4096"}
+# Every larger block goes back to the system when it is freed, and no workspace is kept between calls, so that the
+# resident set is what is in use.
+ALLOCATOR = {
+    "AUFAST_FRESH_WORKSPACE": "1",
+    "MALLOC_MMAP_THRESHOLD_": "4096",
+    "MALLOC_TRIM_THRESHOLD_": "4096",
+}
 
 
 def peak_above_inputs(run: Run, module: str | None = None) -> int:
