@@ -13,8 +13,8 @@ import torch
 
 from benchmarks.harness import THREADS, Run, dtype_name, work
 
-# Every larger block goes back to the system when it is freed, and no workspace is kept between calls, so that the
-# resident set is what is in use.
+# Every larger block goes back to the system when it is freed, and no workspace is kept between calls, so that
+# the resident set is what is in use.
 ALLOCATOR = {
     "AUFAST_FRESH_WORKSPACE": "1",
     "MALLOC_MMAP_THRESHOLD_": "4096",

@@ -51,7 +51,14 @@ class Outcome:
 
     @classmethod
     def unexpected(cls, error: Exception) -> Outcome:
-        """Of an input that a mistake of this program ended, which is printed."""
+        """Of an input that a mistake of this program ended.
+
+        Args:
+            error: what was raised; its traceback is printed.
+
+        Returns:
+            "undecodable", with the error's name and message.
+        """
         traceback.print_exception(error)
         return cls("undecodable", f"unexpected {type(error).__name__}: {error}", seconds={"all": 0.0})
 
