@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = (
-    ("aus", "files", "labels"),
+    ("aus", "files", "labels", "typed"),
     ("reference", "kernels"),
     ("ops",),
     ("nn",),
