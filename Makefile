@@ -72,7 +72,7 @@ format: $(VENV)/.installed
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(wildcard csrc/*/*)
 
-asan: $(VENV)/.built
+asan: $(VENV)/.installed
 	PYTHON=$(PY) .ci/asan
 
 wheel: $(VENV)/.installed

@@ -58,6 +58,8 @@ def read_config(run: Path) -> MARGLRun | AARRun:
         raise ValueError(f"{run / CONFIG}: damaged: of format {version!r} and system {system!r}")
     if version > FORMAT_VERSION:
         raise ValueError(f"{run / CONFIG}: written by a newer aufast; update aufast")
+    if missing := {"data", "model"} - values.keys():
+        raise ValueError(f"{run / CONFIG}: damaged: holds no {sorted(missing)[0]!r}")
     try:
         return from_json(MARGLRun if system == "margl" else AARRun, values)
     except TypeError as error:
