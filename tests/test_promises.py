@@ -33,10 +33,16 @@ def test_a_named_test_exists(name: str) -> None:
 
 def test_every_row_names_a_test() -> None:
     for page in ("docs/traps.md", "docs/bad_input.md"):
-        rows = re.findall(r"^\| (?!---)(?!case|given|trap).*\|$", PAGES[page], re.M)
-        rows = [row for row in rows if not row.startswith("|---")]
+        rows = re.findall(r"^\| (?!case|given|trap).*\|$", PAGES[page], re.M)
         assert len(rows) > 30
         assert [row for row in rows if "tests/" not in row] == []
+        assert [row for row in rows if re.search(r"\|\s*\|", row)] == [], "a cell is empty"
+
+
+def test_every_case_says_what_happened_before_and_now() -> None:
+    heads = re.findall(r"^\|.* test \|$", PAGES["docs/bad_input.md"], re.M)
+    ours = [head for head in heads if not head.startswith(("| case |", "| given |"))]
+    assert len(heads) == 6 and not ours and all("| before | now |" in head for head in heads)
 
 
 def test_every_case_has_its_place() -> None:
