@@ -1,4 +1,4 @@
-"""Imports run one way, from a room to its own level and lower ones, never to higher ones; functions are short."""
+"""Imports run one way, from a room to its own level and lower ones, never higher; functions are short."""
 
 from __future__ import annotations
 
