@@ -13,6 +13,7 @@ from aufast.train.run import CONFIG, read_config
 
 _CLASSES = {"margl": MARGLRun, "aar": AARRun}
 System = Literal["margl", "aar"]
+_LONGEST = 1000  # characters of an error that jsonargparse words
 
 
 def parse_run(
@@ -54,6 +55,7 @@ def parse_run(
                 raise ValueError(
                     f"--config {others.config}: no such file, and recipes are {', '.join(RECIPES)}"
                 )
+            _refuse_classes(others.config)
             parser.default_config_files = [others.config]
         elif getattr(others, "resume", False) and (Path(others.out) / CONFIG).exists():
             base = read_config(Path(others.out))
@@ -65,4 +67,24 @@ def parse_run(
             raise ValueError("--out: name the folder that the run goes to")
         return cls(**vars(values)), others
     except (jsonargparse.ArgumentError, argparse.ArgumentError) as error:
-        raise ValueError(str(error)) from error
+        text = str(error)  # which holds the value that does not fit, however long it is
+        raise ValueError(text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …") from error
+
+
+def _refuse_classes(path: str) -> None:
+    """Refuse a file of settings that names a class: jsonargparse imports its module before it looks at it."""
+    import yaml  # which jsonargparse reads the file with
+
+    try:
+        waiting = [yaml.safe_load(Path(path).read_text(encoding="utf-8"))]
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    seen = set()  # a file may name a part of itself many times
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen or not isinstance(value, (dict, list)):
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict) and "class_path" in value:
+            raise ValueError(f"{path}: settings name no classes, but a class_path is {value['class_path']!r}")
+        waiting += value.values() if isinstance(value, dict) else value
