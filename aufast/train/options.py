@@ -10,6 +10,7 @@ from typing import Literal
 
 from aufast.train.config import RECIPES, AARRun, MARGLRun, recipe
 from aufast.train.run import CONFIG, read_config
+from aufast.typed import from_json
 
 _CLASSES = {"margl": MARGLRun, "aar": AARRun}
 System = Literal["margl", "aar"]
@@ -62,11 +63,14 @@ def parse_run(
             if not isinstance(base, cls):
                 raise ValueError(f"{others.out}: is no run of {system}")
             parser.set_defaults(dataclasses.asdict(base))
-        values = parser.instantiate(parser.parse_args(list(words)))
+        found = parser.parse_args(list(words))
+        # jsonargparse lets a file say null, or a list where a group of settings belongs.
+        values = {field.name: found.as_dict()[field.name] for field in dataclasses.fields(cls)}
+        config = from_json(cls, values)
         if not others.out:
             raise ValueError("--out: name the folder that the run goes to")
-        return cls(**vars(values)), others
-    except (jsonargparse.ArgumentError, argparse.ArgumentError) as error:
+        return config, others
+    except (jsonargparse.ArgumentError, argparse.ArgumentError, TypeError) as error:
         text = str(error)  # which holds the value that does not fit, however long it is
         raise ValueError(text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …") from error
 

@@ -128,6 +128,27 @@ def test_a_file_of_settings_runs_nothing(tmp_path, monkeypatch):
             parse("--config", str(tmp_path / "mine.yaml"))
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed:\nlog_every: 3", "seed must be int, got None"),
+        ("data: [90, 100]", r"\[90, 100\] is no object of a DataConfig"),
+        ("data: {crop: [90]}", "crop"),
+        ("data: {crop: }", "crop"),
+        ("- seed", "mine.yaml|seed"),
+        ("", ""),
+    ],
+)
+def test_a_file_that_does_not_fit_is_named(tmp_path, text, message):
+    """Found by changed bytes."""
+    (tmp_path / "mine.yaml").write_text(text)
+    if not text:  # says nothing, and so changes nothing
+        assert parse("--config", str(tmp_path / "mine.yaml")) == parse()
+        return
+    with pytest.raises(ValueError, match=message):
+        parse("--config", str(tmp_path / "mine.yaml"))
+
+
 def test_a_file_that_repeats_itself_ends_in_a_sentence(tmp_path):
     """Nine times nine times … a list: a few hundred bytes that are gigabytes when they are written out."""
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
