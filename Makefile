@@ -14,7 +14,7 @@ help:
 	@echo 'make test    every test, the slow ones too (pytest -q leaves those out)'
 	@echo 'make bench   time every operator against the reference and the strongest peers'
 	@echo 'make lint    ruff and clang-format; make format applies them'
-	@echo 'make asan    the operator tests with address and undefined-behaviour sanitizers'
+	@echo 'make asan    the operator tests with address and undefined-behaviour sanitizers (.ci/run: a quick choice)'
 	@echo 'make wheel   a wheel for any Python, checked and tested, in dist/'
 	@echo 'make docs    the site, in build/docs/html; warnings are errors, every example on a page runs'
 	@echo 'make fuzz    random operator calls and mutated files for longer; FUZZ=10000 is how many of each'
@@ -72,7 +72,7 @@ format: $(VENV)/.installed
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(wildcard csrc/*/*)
 
-asan: $(VENV)/.built
+asan: $(VENV)/.installed
 	PYTHON=$(PY) .ci/asan
 
 wheel: $(VENV)/.installed

@@ -1,4 +1,4 @@
-"""Imports run one way: a room imports from its own level and from lower ones, never from higher ones."""
+"""Imports run one way, from a room to its own level and lower ones, never higher; functions are short."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = (
-    ("aus", "files", "labels"),
+    ("aus", "files", "labels", "typed"),
     ("reference", "kernels"),
     ("ops",),
     ("nn",),
@@ -56,3 +56,13 @@ def test_nothing_lower_imports_anything_higher(name: str) -> None:
     level = LEVEL[name.split(".")[0]]
     higher = {room for room in imported(FILES[name]) if LEVEL.get(room, 0) > level}
     assert not higher, f"{name} imports {', '.join(sorted(higher))}"
+
+
+def test_no_function_is_longer_than_a_screen() -> None:
+    long = []
+    for folder in ("aufast", "kernels", "benchmarks", "examples"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 70:
+                    long.append(f"{path.relative_to(ROOT)}: {node.name}")
+    assert long == []

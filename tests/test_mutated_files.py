@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
+import scipy.io
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aufast import data, faces, models
 from aufast.data.landmarks import load_landmarks, write_landmarks
+from aufast.data.matlab import read_fitted_points, read_matrix
+from aufast.label import STATUSES, LabelConfig, Outcome
 from aufast.label.given import GivenFaces
+from aufast.label.run import _finished
+from aufast.train.checkpoint import (
+    Position,
+    finish_links,
+    load_checkpoint,
+    optimizer_tensors,
+    restore_optimizer,
+    save_checkpoint,
+)
+from aufast.train.loop import make_optimizer
+from aufast.train.options import parse_run
+from aufast.train.run import describe, read_config, read_split
 from tests.data import trees
 from tests.models.examples import small
 from tests.strategies import examples, mutations
+from tests.train import runs
 
 pytestmark = pytest.mark.fuzz
 # What a reader may raise: the files' fault, said in a sentence. Anything else is a fault of the reader.
@@ -128,6 +147,111 @@ def load_packed(folder: Path) -> None:
         assert all(len(array) == len(video) for array in arrays)
 
 
+def run(folder: Path) -> None:
+    """A training run with a checkpoint of a model and the moments that Adam has of it."""
+    config = runs.aar(folder / "data")
+    (folder / "config.json").write_text(json.dumps(describe(config), indent=1))
+    subjects = {"train": ["F001", "F002"], "validation": [], "test": ["M001"]}
+    (folder / "split.json").write_text(json.dumps({"dataset": "bp4d", **subjects}))
+    trained = models.create_model("aar", **{k: v for k, v in asdict(config.model).items() if k != "variant"})
+    optimizer = make_optimizer(config.graph.optimizer, [*trained.parameters()])
+    for parameter in trained.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    save_checkpoint(folder, trained, optimizer_tensors(optimizer), Position(step=7, links=("last", "best")))
+
+
+def load_run(folder: Path) -> None:
+    """As `aufast train --resume` does."""
+    config = read_config(folder)
+    assert all(isinstance(name, str) for name in read_split(folder)["train"])
+    finish_links(folder)
+    loaded, moments, position = load_checkpoint(folder / "last")
+    optimizer = make_optimizer(config.graph.optimizer, [*loaded.parameters()])
+    restore_optimizer(optimizer, moments)
+    assert isinstance(position.step, int)
+
+
+def load_summed_run(folder: Path) -> None:
+    sum_up(folder / "last")
+    load_run(folder)
+
+
+def settings(folder: Path) -> None:
+    pytest.importorskip("jsonargparse", reason="reads the options")
+    lines = "data:\n  part: 3\n  crop: [90, 100]\nseed: 5\nregions:\n  epochs: 7\n  optimizer: {lr: 0.2}\n"
+    (folder / "mine.yaml").write_text(lines)
+
+
+def load_settings(folder: Path) -> None:
+    parser = argparse.ArgumentParser(prog="aufast train margl", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    parser.add_argument("--out")
+    config, _ = parse_run("margl", ["--config", str(folder / "mine.yaml"), "--out", "x"], parser)
+    assert isinstance(config.seed, int) and isinstance(config.regions.optimizer.lr, float)
+
+
+def imagenet(folder: Path) -> None:
+    safetensors.torch.save_file(models.ResNet18(width=2).state_dict(), folder / "resnet18.safetensors")
+
+
+def load_imagenet(folder: Path) -> None:
+    models.ResNet18(width=2).load_imagenet(folder / "resnet18.safetensors")
+
+
+def matlab(folder: Path) -> None:
+    scipy.io.savemat(folder / "plain.mat", {"pts": np.arange(12.0).reshape(6, 2)})
+    h5py = pytest.importorskip("h5py", reason="h5py is not installed; it reads MATLAB 7.3")
+    with h5py.File(folder / "hdf5.mat", "w") as file:
+        entries = [file.create_dataset(f"r/{k}", data=np.ones((2, 49)) * k) for k in range(3)]
+        predicted = file.create_dataset("fit/pred", (3, 1), dtype=h5py.ref_dtype)
+        for k, entry in enumerate(entries):
+            predicted[k, 0] = entry.ref
+
+
+def load_matlab(folder: Path) -> None:
+    assert read_matrix(folder / "plain.mat", "pts").dtype == np.float64
+    fitted = read_fitted_points(folder / "hdf5.mat")
+    assert all(points is None or points.dtype == np.float64 for points in fitted)
+
+
+def film(folder: Path) -> None:
+    av = pytest.importorskip("av", reason="PyAV is not installed; it reads videos")
+    with av.open(str(folder / "film.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width = stream.height = 32
+        for k in range(4):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 40 * k, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def load_film(folder: Path) -> None:
+    """Frame by frame: what is missing is an error in its place."""
+    nothing, frames = np.zeros((4, 1), np.int8), np.arange(4)
+    where = {"movie": folder / "film.mp4", "positions": frames}
+    video = data.Video("own", "A", "film", (12,), frames, nothing, nothing.astype(bool), **where)
+    for frame in data.iterate_frames(video):
+        if isinstance(frame, ValueError):
+            raise frame
+        assert frame.dtype == np.uint8 and frame.ndim == 3
+
+
+def sidecar(folder: Path) -> None:
+    """What a run of `aufast label` leaves beside a table, to know on the next run that it is done."""
+    outcome = Outcome(frames={"expected": 3, "decoded": 3, "failed": 0}, with_face=3, faces=1)
+    facts = {**asdict(outcome), "outputs": [], "config": asdict(LabelConfig(model="m"))}
+    (folder / "a.json").write_text(json.dumps(facts))
+
+
+def load_sidecar(folder: Path) -> None:
+    outcome = _finished(folder / "a.json", LabelConfig(model="m"))
+    if outcome is None:
+        raise ValueError("labelled again")
+    assert outcome.status in STATUSES and outcome.frames.keys() >= {"decoded", "failed"}
+    assert isinstance(outcome.sentence, str) and isinstance(outcome.seconds.get("all", 0.0), float)
+
+
 AFFWILD2 = "AU_Detection_Challenge/Train_Set/a.txt"
 FOLDERS = {
     "model": (model, load_model, ("config.json", "model.safetensors", "SHA256SUMS")),
@@ -144,6 +268,13 @@ FOLDERS = {
     "DISFA": (disfa, lambda f: check_videos(data.read_disfa(f)), ("ActionUnit_Labels/SN001/SN001_au12.txt",)),
     "Aff-Wild2": (affwild2, lambda f: check_videos(data.read_affwild2(f)), (AFFWILD2,)),
     "table": (table, lambda f: check_videos(data.read_table(f / "spec.json")), ("spec.json", "frames.csv")),
+    "run": (run, load_run, ("config.json", "split.json", "last/training.json", "last/optimizer.safetensors")),
+    "run, sums that fit": (run, load_summed_run, ("last/training.json", "last/optimizer.safetensors")),
+    "settings": (settings, load_settings, ("mine.yaml",)),
+    "ImageNet": (imagenet, load_imagenet, ("resnet18.safetensors",)),
+    "MATLAB": (matlab, load_matlab, ("plain.mat", "hdf5.mat")),
+    "film": (film, load_film, ("film.mp4",)),
+    "sidecar": (sidecar, load_sidecar, ("a.json",)),
     "packed": (packed, load_packed, ("index.json", "videos/F001_T1/labels.npy", "videos/F001_T1/frames.npy")),
 }  # fmt: skip
 CASES = [(kind, name) for kind, (_, _, names) in FOLDERS.items() for name in names]

@@ -29,6 +29,7 @@ from aufast.label.pictures import OverlayPicture, OverlayVideo
 from aufast.label.report import ReportPage
 from aufast.label.tables import SUFFIXES, Sink, open_table
 from aufast.models.pretrained import CONFIG, WEIGHTS
+from aufast.typed import from_json
 
 FORMAT_VERSION = 1
 
@@ -280,11 +281,12 @@ def _finished(sidecar: Path, config: LabelConfig) -> Outcome | None:
     """What an earlier run wrote, where that is final: what is not whole may be so within other limits."""
     try:
         facts = json.loads(sidecar.read_text(encoding="utf-8"))
-        outcome = Outcome(**{name: facts[name] for name in Outcome.__dataclass_fields__})
+        outcome = from_json(Outcome, {name: facts[name] for name in Outcome.__dataclass_fields__})
         whole = all((sidecar.parent / name).is_file() for name in facts["outputs"])
         limits = all(facts["config"].get(name) == getattr(config, name) for name in LIMITS)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+    whole = whole and outcome.status in STATUSES and outcome.frames.keys() >= {"decoded", "failed"}
     again = outcome.status in AGAIN or (outcome.status not in FINE and not limits)
     return outcome if whole and not again else None
 

@@ -29,6 +29,7 @@ from aufast.data.packed import read_json
 from aufast.files import file_sum, sync_folder, write_whole
 from aufast.models import AAR, MARGL, load_model
 from aufast.models.pretrained import SUMS
+from aufast.typed import from_json
 
 CHECKPOINTS, STATE, MOMENTS = "checkpoints", "training.json", "optimizer.safetensors"
 Link = Literal["last", "best"]
@@ -104,9 +105,21 @@ def _move_link(run: Path, link: Link, name: str) -> None:
 
 def finish_links(run: Path) -> None:
     """Move `best` to the last checkpoint where that is the best and a kill came between the two moves."""
-    if (run / "last").exists() and "best" in read_json(run / "last" / STATE, "").get("links", ()):
+    if (run / "last").exists() and "best" in read_position(run / "last").links:
         _move_link(run, "best", (run / "last").resolve().name)
         sync_folder(run)
+
+
+def read_position(folder: Path) -> Position:
+    """Where in its run a checkpoint is.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    try:
+        return from_json(Position, read_json(folder / STATE, "it is no checkpoint of a run"))
+    except TypeError as error:
+        raise ValueError(f"{folder / STATE}: damaged: {error}") from error
 
 
 def load_checkpoint(folder: Path) -> tuple[MARGL | AAR, dict[str, Tensor], Position]:
@@ -123,9 +136,11 @@ def load_checkpoint(folder: Path) -> tuple[MARGL | AAR, dict[str, Tensor], Posit
     for name in (MOMENTS, STATE):
         if not (folder / name).is_file() or file_sum(folder / name) != sums.get(name):
             raise ValueError(f"{folder / name}: missing, cut short or changed: its SHA-256 is not in {SUMS}")
-    values = read_json(folder / STATE, "")
-    position = Position(**{**values, "links": tuple(values.get("links", ()))})
-    return model, safetensors.torch.load_file(folder / MOMENTS), position
+    position = read_position(folder)
+    try:
+        return model, safetensors.torch.load_file(folder / MOMENTS), position
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{folder / MOMENTS}: not a safetensors file: {error}") from error
 
 
 def remove_unlinked(run: Path) -> None:
@@ -147,9 +162,17 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Give an optimiser the moments that `optimizer_tensors` took from its like."""
+    """Give an optimiser the moments that `optimizer_tensors` took from its like.
+
+    Raises:
+        ValueError: a moment of a parameter that the optimiser does not move, or of another shape.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        index, name = key.split(".", 1)
+        index, _, name = key.partition(".")
+        known = index.isdecimal() and int(index) < len(parameters)
+        if not known or value.shape not in ((), parameters[int(index)].shape):
+            raise ValueError(f"{MOMENTS}: {key!r} of shape {tuple(value.shape)} belongs to no parameter here")
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -12,16 +12,15 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from aufast.data.packed import read_json
 from aufast.files import write_whole, writing
 from aufast.models import load_model
 from aufast.train.batches import Split, make_split
-from aufast.train.checkpoint import STATE, Link
+from aufast.train.checkpoint import STATE, Link, read_position
 from aufast.train.config import AARRun, MARGLRun
 from aufast.train.evaluate import score
 from aufast.train.metrics import F1Result, mean_defined
 from aufast.train.processes import Processes, join
-from aufast.train.run import SPLIT, read_config
+from aufast.train.run import read_config, read_split
 
 Row = Sequence[float]
 
@@ -153,9 +152,9 @@ def _test(
     run: Path, link: Link, config: MARGLRun | AARRun, split: Split, processes: Processes, loaders: int
 ) -> F1Result:
     """Score one run on its test videos."""
-    if not (run / "last" / STATE).is_file() or not read_json(run / "last" / STATE, "")["finished"]:
+    if not (run / "last" / STATE).is_file() or not read_position(run / "last").finished:
         raise ValueError(f"{run}: the run is not finished; go on with it by --resume")
-    about = read_json(run / SPLIT, "who was trained on is not known")
+    about = read_split(run)
     known = set(about["train"]) | set(about["validation"] if config.data.validation == "subjects" else ())
     if seen := sorted({video.subject for video in split.test} & known):
         raise ValueError(f"{run}: subject {seen[0]} is in the test data, and the run was trained on it")

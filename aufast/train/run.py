@@ -18,10 +18,10 @@ from typing import Any
 
 from aufast.data.packed import read_json
 from aufast.files import locked, write_whole, writing
-from aufast.models import AARConfig, MARGLConfig
 from aufast.train.batches import Split
 from aufast.train.checkpoint import finish_links, remove_unlinked
-from aufast.train.config import AARRun, DataConfig, MARGLRun, OptimizerConfig, StageConfig
+from aufast.train.config import AARRun, MARGLRun
+from aufast.typed import from_json
 
 CONFIG, SPLIT, METRICS = "config.json", "split.json", "metrics.jsonl"
 FORMAT_VERSION = 1
@@ -50,28 +50,34 @@ def read_config(run: Path) -> MARGLRun | AARRun:
     """The settings of a run that exists.
 
     Raises:
-        ValueError: the folder holds none, or they are of a newer version.
+        ValueError: the folder holds none, or they are damaged or of a newer version.
     """
     values = read_json(run / CONFIG, "not a training run")
-    if values.pop("format_version", FORMAT_VERSION + 1) > FORMAT_VERSION:
+    version, system = values.pop("format_version", None), values.pop("system", None)
+    if not isinstance(version, int) or system not in ("margl", "aar"):
+        raise ValueError(f"{run / CONFIG}: damaged: of format {version!r} and system {system!r}")
+    if version > FORMAT_VERSION:
         raise ValueError(f"{run / CONFIG}: written by a newer aufast; update aufast")
+    if missing := {"data", "model"} - values.keys():
+        raise ValueError(f"{run / CONFIG}: damaged: holds no {sorted(missing)[0]!r}")
     try:
-        cls, model = {"margl": (MARGLRun, MARGLConfig), "aar": (AARRun, AARConfig)}[values.pop("system")]
-        stages = {
-            name: _stage(values.pop(name)) for name in ("regions", "attention", "graph") if name in values
-        }
-        parts = {"data": _build(DataConfig, values.pop("data")), "model": _build(model, values.pop("model"))}
-        return cls(**values, **parts, **stages)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{run / CONFIG}: damaged: {error!r} does not fit") from error
+        return from_json(MARGLRun if system == "margl" else AARRun, values)
+    except TypeError as error:
+        raise ValueError(f"{run / CONFIG}: damaged: {error}") from error
 
 
-def _stage(values: dict[str, Any]) -> StageConfig:
-    return StageConfig(optimizer=_build(OptimizerConfig, values.pop("optimizer")), **values)
+def read_split(run: Path) -> dict[str, Any]:
+    """The data of a run that exists, and the subjects of its "train", "validation" and "test".
 
-
-def _build(cls: type, values: dict[str, Any]) -> Any:
-    return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    Raises:
+        ValueError: the folder does not say, or the file is damaged.
+    """
+    about = read_json(run / SPLIT, "which data the run was begun with is not known")
+    for part in ("train", "validation", "test"):
+        names = about.get(part)
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{run / SPLIT}: damaged: {part} must be a list of subjects, got {names!r}")
+    return about
 
 
 @contextlib.contextmanager
@@ -103,7 +109,7 @@ def _compare(run: Path, config: MARGLRun | AARRun, about: dict[str, Any]) -> Non
     for key in before.keys() | now.keys():
         if key not in _FREE and before.get(key) != now.get(key):
             raise ValueError(f"{run}: was begun with {key} {before.get(key)}, not {now.get(key)}")
-    split = read_json(run / SPLIT, "which data the run was begun with is not known")
+    split = read_split(run)
     for key, value in about.items():
         if key != "root" and split.get(key) != value:
             raise ValueError(f"{run}: was begun with other data: {key} differs from {SPLIT}")

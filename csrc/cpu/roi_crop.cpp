@@ -360,6 +360,7 @@ void backward(const T* grad, const T* features, const R* rois, T* grad_features,
 
 Shape shape_of(const Tensor& features, const Tensor& rois, int64_t out_height, int64_t out_width,
                bool align_corners) {
+  aufast::isa();  // here a wrong level is told: what a thread of parallel_for throws loses its message
   STD_TORCH_CHECK(features.dim() == 4 && (rois.dim() == 3 || rois.dim() == 4), "roi_crop: wrong rank");
   const bool boxes = rois.dim() == 3;
   STD_TORCH_CHECK(

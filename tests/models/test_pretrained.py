@@ -6,6 +6,9 @@ import hashlib
 import json
 import os
 import pickle
+import random
+import signal
+import time
 
 import pytest
 import torch
@@ -83,6 +86,32 @@ def test_channels_last_weights_can_be_saved(tmp_path):
     model = small("margl").to(memory_format=torch.channels_last)
     model.save_pretrained(tmp_path)
     assert torch.equal(load_model(tmp_path).backbone.conv1.weight, model.backbone.conv1.weight)
+
+
+def test_killed_at_random_moments_a_save_leaves_one_model_or_is_refused(tmp_path):
+    """A process that saves two models in turn over one another, until SIGKILL."""
+    both = [small("aar"), small("aar")]
+    for model in both:
+        randomize(model)
+    draw = random.Random(5)
+    for _ in range(12):
+        child = os.fork()
+        if child == 0:
+            while True:
+                for model in both:
+                    model.save_pretrained(tmp_path / "model")
+        time.sleep(draw.uniform(0.005, 0.05))
+        os.kill(child, signal.SIGKILL)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        try:
+            found = load_model(tmp_path / "model").state_dict()
+        except ValueError as error:
+            assert "cut short or changed: its SHA-256" in str(error) or "no such file" in str(error)
+        else:
+            whole = [all(torch.equal(found[k], v) for k, v in m.state_dict().items()) for m in both]
+            assert any(whole)
+    both[0].save_pretrained(tmp_path / "model")
+    assert torch.equal(next(load_model(tmp_path / "model").parameters()), next(both[0].parameters()))
 
 
 def test_training_goes_on_after_loading(folder):

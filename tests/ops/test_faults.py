@@ -13,62 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 import aufast
+from tests.ops.calls import CALLS, NODES, are_equal, compute, forward, graph_parameters, make, randn
 
 pytestmark = pytest.mark.skipif(
     not aufast.backends()["cpu"].startswith("ready"), reason="the compiled CPU part is not built"
 )
 REPOSITORY = Path(__file__).parents[2]
-NODES, EMBEDDING = 5, 3
-
-
-def randn(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
-
-
-def crop_inputs(size: int) -> tuple[Tensor, ...]:
-    boxes = torch.rand(size, 7, 4, generator=torch.Generator().manual_seed(size)) * 12
-    return randn(size, 33, 12, 12), boxes
-
-
-def region_inputs(size: int) -> tuple[Tensor, ...]:
-    return randn(size, 9, 16, 16), randn(2, 2, 5, 9, 3, 3), randn(2, 2, 5), randn(2, 2, 9), randn(2, 2, 9)
-
-
-def graph_parameters(cin: int, cout: int, gates: int) -> tuple[Tensor, ...]:
-    embedding = randn(NODES, EMBEDDING)
-    return embedding, embedding, *(randn(EMBEDDING, cin, cout) / 8 for _ in range(gates))
-
-
-def conv_inputs(size: int) -> tuple[Tensor, ...]:
-    return randn(16 * size, NODES, 12), *graph_parameters(12, 17, 1)
-
-
-def gru_inputs(size: int) -> tuple[Tensor, ...]:
-    return randn(size, 9, NODES, 12), *graph_parameters(29, 17, 3)
-
-
-OPERATORS = {
-    "roi_crop": crop_inputs,
-    "region_conv": region_inputs,
-    "graph_conv": conv_inputs,
-    "graph_gru": gru_inputs,
-}
-each_operator = pytest.mark.parametrize("name", OPERATORS)
-
-
-def compute(name: str, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """The output and every gradient, from the compiled kernel."""
-    leaves = [t.clone().requires_grad_() for t in inputs]
-    out = getattr(aufast.ops, name)(*leaves, backend="cpu")
-    out = out[0] if isinstance(out, tuple) else out
-    return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
-
-
-def are_equal(found: list[Tensor], expected: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+LARGE = {"roi_crop": 300, "region_conv": 300, "graph_conv": 3000, "graph_gru": 500}  # a good part of a second
+each_operator = pytest.mark.parametrize("name", CALLS)
 
 
 @pytest.fixture
@@ -96,7 +50,7 @@ def say(word: str) -> None:
 @each_operator
 def test_a_forked_child_computes_what_its_parent_did(name: str, two_threads: None) -> None:
     """As a data loader's worker does: after the parent's threads have run, and with one thread of its own."""
-    before = compute(name, OPERATORS[name](2))
+    before = compute(name, make(name, 2))
     child = os.fork()
     if child == 0:
         status = 1
@@ -104,47 +58,68 @@ def test_a_forked_child_computes_what_its_parent_did(name: str, two_threads: Non
             torch.set_num_threads(1)
             # Autograd refuses to run in the child of a process that used it; the kernel itself must not mind.
             with torch.no_grad():
-                out = getattr(aufast.ops, name)(*OPERATORS[name](2), backend="cpu")
-            status = 0 if torch.equal(out[0] if isinstance(out, tuple) else out, before[0]) else 2
+                status = 0 if torch.equal(forward(name, make(name, 2)), before[0]) else 2
         finally:
             os._exit(status)
     assert os.waitpid(child, 0)[1] == 0
-    assert are_equal(compute(name, OPERATORS[name](2)), before)
+    assert are_equal(compute(name, make(name, 2)), before)
+
+
+def computed_beside(name: str, sizes: tuple[int, ...], threads: tuple[int, ...]) -> bool:
+    """Whether Python threads, each with its own number of torch threads, get what one alone gets."""
+    inputs = [make(name, size) for size in sizes]
+    alone = [compute(name, each) for each in inputs]
+    start = threading.Barrier(len(threads))
+
+    def work(k: int) -> bool:
+        torch.set_num_threads(threads[k])
+        start.wait()
+        return all(are_equal(compute(name, inputs[j]), alone[j]) for _ in range(3) for j in range(len(sizes)))
+
+    with ThreadPoolExecutor(len(threads)) as pool:
+        return all(pool.map(work, range(len(threads))))
 
 
 @each_operator
 def test_python_threads_do_not_disturb_each_other(name: str, two_threads: None) -> None:
-    inputs = [OPERATORS[name](size) for size in (1, 2, 3, 5)]
-    alone = [compute(name, each) for each in inputs]
-    start = threading.Barrier(len(inputs))
+    """In place of a thread sanitizer (docs/traps.md): a race that matters changes a bit sooner or later."""
+    assert computed_beside(name, (1, 2, 5), (1, 2, 3, 7))
 
-    def work(k: int) -> bool:
+
+def test_operators_called_from_threads_at_once_do_not_disturb_each_other(two_threads: None) -> None:
+    """All of them share the workspaces that threads keep between calls."""
+    inputs = {name: make(name, 3) for name in CALLS}
+    alone = {name: compute(name, each) for name, each in inputs.items()}
+    start = threading.Barrier(len(CALLS))
+
+    def work(first: int) -> bool:
+        torch.set_num_threads(1 + first % 3)
         start.wait()
-        return all(are_equal(compute(name, inputs[k]), alone[k]) for _ in range(5))
+        turn = [*CALLS][first:] + [*CALLS][:first]
+        return all(are_equal(compute(name, inputs[name]), alone[name]) for _ in range(3) for name in turn)
 
-    with ThreadPoolExecutor(len(inputs)) as pool:
-        assert all(pool.map(work, range(len(inputs))))
+    with ThreadPoolExecutor(len(CALLS)) as pool:
+        assert all(pool.map(work, range(len(CALLS))))
 
 
 def interrupted_calls() -> None:
     """Every operator in calls of a good part of a second, until an interrupt; then a small call."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may have it ignored
     torch.set_num_threads(2)
-    large = {"roi_crop": 300, "region_conv": 300, "graph_conv": 3000, "graph_gru": 500}
-    for name, make in OPERATORS.items():
-        before, inputs = compute(name, make(2)), make(large[name])
+    for name, size in LARGE.items():
+        before, inputs = compute(name, make(name, 2)), make(name, size)
         say("started")
         try:
             while True:
                 compute(name, inputs)
         except KeyboardInterrupt:
-            assert are_equal(compute(name, make(2)), before), name
+            assert are_equal(compute(name, make(name, 2)), before), name
         say("survived")
 
 
 def test_an_interrupt_ends_a_long_call_and_the_next_one_is_right() -> None:
     process = run_in_process(interrupted_calls)
-    for name in OPERATORS:
+    for name in LARGE:
         assert process.stdout.readline() == "started\n", process.stderr.read()
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(timeout=0.3)
@@ -160,7 +135,7 @@ def calls_without_memory() -> None:
     import resource
 
     torch.set_num_threads(2)
-    expected = {name: compute(name, make(2)) for name, make in OPERATORS.items()}
+    expected = {name: compute(name, make(name, 2)) for name in CALLS}
     wide, box = torch.zeros(2, 1, 4096, 4096), torch.tensor([0.0, 0.0, 4096.0, 4096.0])
     patch = torch.zeros(1, 1, 4096, 4096), torch.zeros(1, 1, 1, 1, 3, 3)
     nodes = torch.zeros(1, 1, 1, 12).expand(4096, 1024, NODES, 12), *graph_parameters(29, 17, 3)
@@ -182,8 +157,8 @@ def calls_without_memory() -> None:
             pass
         else:
             raise AssertionError(f"{what}: there was enough memory")
-        for other, make in OPERATORS.items():
-            assert are_equal(compute(other, make(2)), expected[other]), f"{other} after {what}"
+        for other in CALLS:
+            assert are_equal(compute(other, make(other, 2)), expected[other]), f"{other} after {what}"
     say("survived")
 
 

@@ -112,6 +112,53 @@ def test_a_file_sets_what_it_names(tmp_path):
     assert run.model == recipe("margl-bp4d").model
 
 
+def test_a_file_of_settings_runs_nothing(tmp_path, monkeypatch):
+    """Neither a tag that makes an object nor a class whose module would be imported to look at it."""
+    (tmp_path / "harm.py").write_text("raise SystemExit('it was imported')\nclass Harm: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for text, message in {
+        "data: {class_path: harm.Harm, init_args: {part: 3}}": "a class_path is 'harm.Harm'",
+        'data: {"class\\u005fpath": harm.Harm}': "a class_path is 'harm.Harm'",
+        "regions: {optimizer: {class_path: harm.Harm}}": "a class_path is 'harm.Harm'",
+        'seed: !!python/object/apply:os.system ["exit 3"]': "cannot be read as YAML",
+        "seed: [": "cannot be read as YAML",
+    }.items():
+        (tmp_path / "mine.yaml").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            parse("--config", str(tmp_path / "mine.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed:\nlog_every: 3", "seed must be int, got None"),
+        ("data: [90, 100]", r"\[90, 100\] is no object of a DataConfig"),
+        ("data: {crop: [90]}", "crop"),
+        ("data: {crop: }", "crop"),
+        ("- seed", "mine.yaml|seed"),
+        ("", ""),
+    ],
+)
+def test_a_file_that_does_not_fit_is_named(tmp_path, text, message):
+    """Found by changed bytes."""
+    (tmp_path / "mine.yaml").write_text(text)
+    if not text:  # says nothing, and so changes nothing
+        assert parse("--config", str(tmp_path / "mine.yaml")) == parse()
+        return
+    with pytest.raises(ValueError, match=message):
+        parse("--config", str(tmp_path / "mine.yaml"))
+
+
+def test_a_file_that_repeats_itself_ends_in_a_sentence(tmp_path):
+    """Nine times nine times … a list: a few hundred bytes that are gigabytes when they are written out."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]" for k in range(1, 6)]
+    (tmp_path / "mine.yaml").write_text("\n".join([*lines, "seed: *a5"]))
+    with pytest.raises(ValueError) as caught:
+        parse("--config", str(tmp_path / "mine.yaml"))
+    assert len(str(caught.value)) < 1100
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
