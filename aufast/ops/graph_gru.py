@@ -23,6 +23,7 @@ from aufast.ops.registration import dense, fresh, needs_mask, operator, register
 
 # The differentiable inputs, in the operator's order: x, U, Q, W_z, W_r, W_h, h0, b_z, b_r, b_h.
 _GRADIENTS = 10
+_MANY_NODES = 48  # kManyNodes of csrc/cpu/graph_gru.cpp
 
 
 def graph_gru(
@@ -161,21 +162,35 @@ def _fallback(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return (
         fresh(out),
         fresh(h_last),
-        _saved(x, out, save).zero_(),
+        _saved(x, rest[2], normalization, save).zero_(),
     )  # the fallback's backward computes the gates again
 
 
-def _saved(x: Tensor, out: Tensor, save: bool) -> Tensor:
-    """Room for the gates (B, T, m, 3c): z, r and the candidate side by side."""
-    return x.new_empty(*out.shape[:-1], 3 * out.shape[-1]) if save else unwanted(x)
+def _saved(x: Tensor, W_z: Tensor, normalization: int, save: bool) -> Tensor:
+    """Room for what the backward needs.
+
+    The gates (B, T, m, 3c): z, r and the candidate side by side. On the CPU, of a graph of many nodes, what
+    they are made of: the state and r ★ h mixed by every support but the identity, as
+    `csrc/cpu/graph_gru_whole.inc` has it.
+    """
+    if not save:
+        return unwanted(x)
+    batch, steps, nodes, _ = x.shape
+    channels = W_z.shape[-1]
+    if x.device.type != "cpu" or nodes < _MANY_NODES:
+        return x.new_empty(batch, steps, nodes, 3 * channels)
+    supports = W_z.shape[1] - 1 if normalization == NORMALIZATIONS["softmax"] else 1
+    granule = 8 if x.dtype == torch.float64 else 16  # channels are padded to 64 bytes of the type computed in
+    padded = (channels + granule - 1) // granule * granule
+    return x.new_empty(2, supports, nodes, batch * steps * padded + granule)
 
 
 def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    W_z, save = rest[2], rest[-1]
+    W_z, normalization, save = rest[2], *rest[-2:]
     batch, _, nodes, _ = x.shape
     out = x.new_empty(*x.shape[:-1], W_z.shape[-1])
     h_last = x.new_empty(batch, nodes, W_z.shape[-1], dtype=accumulation_dtype(x.dtype))
-    return out, h_last, _saved(x, out, save)
+    return out, h_last, _saved(x, W_z, normalization, save)
 
 
 def _backward_fallback(grad_out: Tensor, grad_h_last: Tensor, *rest: Any) -> tuple[Tensor, ...]:

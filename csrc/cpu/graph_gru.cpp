@@ -25,7 +25,9 @@ constexpr int64_t kFewSequences = 8;    // per thread (a tile of rows), below wh
 constexpr int64_t kFewPairs = 4;    // the same where Θ is kept as pairs: half as many bytes to read a step
 constexpr int64_t kManyNodes = 48;  // from here on frames are mixed whole
 constexpr int64_t kWholeRows = 16;  // rows of a forward chunk then: its arrays hold them for every node
-constexpr int64_t kWholeRowNodes = 1 << 14;  // rows times nodes of a backward chunk: about 50 MB in all
+constexpr int64_t kWholeRowNodes = 1 << 16;  // rows times nodes of a backward chunk: about 70 MB in all
+constexpr int64_t kGateNodes = 4;            // whose Θ of two gates stays in the second cache
+constexpr int64_t kThetaNodes = 32;          // nodes for each member, whose grad Θ there is at a time
 constexpr int64_t kMixItems = 4;             // items for each member, at least
 constexpr int64_t kMixRows = 24;             // nodes of such an item, at least
 constexpr int64_t kCacheBytes = 3 << 19;     // of a core, for the state's half of the node matrices
@@ -42,8 +44,10 @@ struct GruCall {
   const T *x, *h0;
   const int64_t* lengths;
   T *out, *h_last;
-  T* saved;             // z, r, h̃ (batch, steps, m, 3 channels), null where nobody asks for them
-  uint16_t* saved_low;  // the same in bfloat16, in place of saved
+  // What the backward will need, null where nobody asks for it: z, r, h̃ (batch, steps, m, 3 channels); of a
+  // whole graph φ of h and of r ★ h under the dense supports, (2, supports, m, kept_node). Or in bfloat16.
+  T *saved, *kept;
+  uint16_t *saved_low, *kept_low;
   // Backward: results, and arrays over the rows of a chunk.
   const T *grad_out, *grad_h_last;
   T *grad_x, *grad_h;
@@ -51,23 +55,39 @@ struct GruCall {
   T* alpha;                        // (m, rows, 3 channels)
   T *gamma_h, *gamma_r, *gamma_x;  // (K, rows, m, channels or inputs)
   T* reset;                        // (rows, m, channels)
-  // Whole frames: φ of the state and of the input, Sᵀ, and frames turned for the gradient of S.
-  T *mixed, *mixed_x, *transposed_supports, *turned;
+  // Whole graphs: φ of a step's states (supports, m, mixed_node) and of a chunk's inputs (K, m,
+  // mixed_x_node).
+  T *mixed, *mixed_x;
   int64_t mixed_x_node;
-  T* transposed_pools;  // (ce, 3 transposed pools), from which a group's Θᵀ is made each time it is needed
+  // Their backward: Sᵀ; a step's γ (supports, 2, batch, m, channels), gradient of r ★ h, and frames turned;
+  // the gradient of φˣ's input, packed as φˣ is; the pools transposed, (ce, 3 pools).
+  T *transposed_supports, *gamma, *grad_reset, *turned, *packed_grad_x, *transposed_pools;
+  int64_t theta_nodes;  // whose grad Θ there is at a time
   T *zeros, *buffers, *scratch;
   int64_t zeros_size;
   int64_t buffer_size, scratch_size;  // of one member
-  int64_t theta_scratch;              // the first part of its scratch: Θᵀ of a group
+  int64_t theta_scratch;              // the first part of its scratch: Θ of a group
   CrewSeat* seats;
   int64_t* finished;
   int members;
 
   int64_t frame() const { return graph.nodes * channels; }
   int64_t theta_rows() const { return live_channels + live_inputs; }
+  int64_t pool_size() const { return graph.order * theta_rows() * channels; }  // of one embedding and gate
   // A node's share of the gates. One vector more than it needs keeps the nodes off each other's cache sets.
   int64_t gate_node(int64_t sequences) const { return sequences * chunk * 3 * channels + padded<T>(1); }
-  int64_t mixed_node(int64_t rows) const { return rows * channels + padded<T>(1); }
+  int64_t mixed_node() const { return batch * channels + padded<T>(1); }
+  int64_t kept_node() const { return steps * batch * channels + padded<T>(1); }
+  int64_t kept_at(int half, int64_t support, int64_t node, int64_t t) const {
+    return ((half * dense() + support) * graph.nodes + node) * kept_node() + t * batch * channels;
+  }
+  // Supports that are not the identity, as S_0 of softmax is.
+  int64_t dense() const { return graph.order - (graph.softmax ? 1 : 0); }
+  const T* dense_support(int64_t s) const { return graph.supports + (s + graph.softmax) * graph.matrix(); }
+  T* dense_gradient(int64_t s) const { return graph.grad_supports + (s + graph.softmax) * graph.matrix(); }
+  // The packed input: φˣ under the identity, or behind φˣ where there is none.
+  T* packed_x() const { return mixed_x + (graph.softmax ? 0 : graph.order) * graph.nodes * mixed_x_node; }
+  T* gamma_at(int64_t s, int half) const { return gamma + (s * 2 + half) * batch * frame(); }
   // Into how many items the mixing of one frame is cut, so that `frames` of them keep everybody busy.
   int64_t mix_parts(int64_t frames) const {
     const int64_t wanted = (kMixItems * members + frames - 1) / std::max<int64_t>(frames, 1);
@@ -135,7 +155,7 @@ template <class T>
 void plan_common(GruCall<T>& c, Arena& arena, bool backward) {
   c.seats = arena.take<CrewSeat>(c.members);
   c.finished = arena.take<int64_t>(1);
-  const int64_t made = c.whole ? c.transposed[0].block : 0;  // Θᵀ of a node at once
+  const int64_t made = c.whole ? 2 * c.pool_size() : 0;  // Θ of a node at once
   c.zeros_size = std::max({made, kPoolRows * c.channels, kTransposed * (c.channels + c.inputs), c.graph.row,
                            c.frame(), c.inputs});
   c.zeros = arena.take<T>(c.zeros_size);
@@ -146,10 +166,56 @@ void plan_common(GruCall<T>& c, Arena& arena, bool backward) {
   const int64_t rows = c.batch * c.chunk, places = c.graph.order + (c.graph.softmax ? 0 : 1);
   c.mixed_x_node = padded<T>(rows * c.live_inputs) + padded<T>(1);
   c.mixed_x = arena.take<T>(places * c.graph.nodes * c.mixed_x_node);
-  c.mixed = arena.take<T>(c.graph.order * c.graph.nodes * c.mixed_node(backward ? rows : c.batch));
-  if (!backward) return;
-  c.transposed_supports = arena.take<T>(c.graph.order * c.graph.matrix());
-  c.turned = arena.take<T>(rows * std::max(c.live_channels, c.live_inputs) * c.graph.row);
+  if (!backward) c.mixed = arena.take<T>(c.dense() * c.graph.nodes * c.mixed_node());
+}
+
+// Chunks of a whole graph's backward are of nearly equal length. Then what a member needs for itself.
+template <class T>
+void size_whole_backward(GruCall<T>& c) {
+  const int64_t most = chunk_for(std::max(kWholeRowNodes / c.graph.nodes, kWholeRows), c.batch, c.steps),
+                chunks = std::max<int64_t>((c.steps + most - 1) / most, 1);
+  c.chunk = (c.steps + chunks - 1) / chunks;
+  const int64_t rows = c.batch * c.chunk, n = c.channels, K = c.graph.order,
+                group = std::min(kMostNodes, c.graph.nodes);
+  c.theta_scratch = std::max({2 * kGateNodes * c.pool_size() + 3 * kGateNodes * n,
+                              2 * group * c.transposed[0].size(), 3 * group * K * c.live_inputs * n});
+  c.scratch_size = c.theta_scratch + rows * n * (1 + (c.kept_low == nullptr ? 0 : c.dense()));
+  c.theta_nodes = std::min(kThetaNodes * c.members, c.graph.nodes);
+}
+
+template <class T>
+void size_small_backward(GruCall<T>& c) {
+  c.chunk = chunk_for(kBackwardRows, c.batch, c.steps);
+  const int64_t rows = c.batch * c.chunk, group = std::min(kMostNodes, c.graph.nodes);
+  c.scratch_size =
+      std::max({c.graph.order * group * rows * std::max(c.inputs, c.channels), group * c.tile * c.channels,
+                (c.thetas.embeddings + group) * kTransposed * c.transposed[0].row()});
+  c.theta_nodes = c.graph.nodes;
+}
+
+template <class T>
+void plan_whole_backward(GruCall<T>& c, Arena& arena) {
+  const int64_t m = c.graph.nodes, step = c.batch * c.frame();
+  c.transposed_supports = arena.take<T>(c.dense() * c.graph.matrix());
+  c.transposed_pools = arena.take<T>(c.thetas.embeddings * c.transposed[0].block);
+  c.gamma = arena.take<T>(c.dense() * 2 * step);
+  c.grad_reset = arena.take<T>(step);
+  c.turned = arena.take<T>(2 * c.batch * c.channels * c.graph.row);
+  if (c.grad_x != nullptr || c.want_graph) c.gamma_x = arena.take<T>(c.graph.order * m * c.mixed_x_node);
+  if (c.grad_x != nullptr) c.packed_grad_x = arena.take<T>(m * c.mixed_x_node);
+}
+
+// The arrays over a chunk that only graphs whose groups mix for themselves have.
+template <class T>
+void plan_small_backward(GruCall<T>& c, Arena& arena, bool pairs) {
+  const int64_t rows = c.graph.order * c.batch * c.chunk, thetas = c.graph.nodes * c.transposed[0].block;
+  if (pairs)
+    c.thetas.pairs = arena.take<uint32_t>(thetas / 2);
+  else
+    c.thetas.theta = arena.take<T>(thetas);
+  c.gamma_h = arena.take<T>(rows * c.frame());
+  c.gamma_r = arena.take<T>(rows * c.frame());
+  if (c.want_graph || c.grad_x != nullptr) c.gamma_x = arena.take<T>(rows * c.graph.nodes * c.inputs);
 }
 
 template <class T>
@@ -171,14 +237,19 @@ std::tuple<Tensor, Tensor, Tensor> forward_as(const GruTensors& a, bool save) {
   const int64_t m = c.graph.nodes, n = c.live_channels;
   Tensor out = torch::stable::empty({c.batch, c.steps, m, n}, dtype);
   Tensor h_last = torch::stable::empty({c.batch, m, n}, state_dtype);
-  Tensor saved =
-      save ? torch::stable::empty({c.batch, c.steps, m, 3 * n}, dtype) : torch::stable::empty({0}, dtype);
+  std::vector<int64_t> kept = {c.batch, c.steps, m, 3 * n};
+  if (c.whole) kept = {2, c.dense(), m, c.kept_node()};
+  if (!save) kept = {0};
+  Tensor saved = torch::stable::empty(kept, dtype);
   if (h_last.numel() == 0) return {out, h_last, saved};
   for (const Tensor& result : {out, saved})
     prefer_huge_pages(result.data_ptr(), result.numel() * static_cast<int64_t>(result.element_size()));
   c.out = door.out(out, n), c.h_last = door.out(h_last, n);
-  if (save) c.saved_low = door.low(saved, n);
-  if (save && c.saved_low == nullptr) c.saved = door.out(saved, n);
+  uint16_t*& low = c.whole ? c.kept_low : c.saved_low;
+  T*& full = c.whole ? c.kept : c.saved;
+  const int64_t saved_row = c.whole ? c.kept_node() : n;
+  if (save) low = door.low(saved, saved_row);
+  if (save && low == nullptr) full = door.out(saved, saved_row);
   c.chunk = chunk_for(c.whole ? kWholeRows : kForwardRows, c.tile, c.steps);
   const int64_t group = std::min(kMostNodes, m);
   c.scratch_size = group * std::max(c.graph.order * c.tile * std::max(c.chunk * c.inputs, c.channels),
@@ -214,39 +285,36 @@ std::vector<Tensor> backward_as(const Tensor& grad_out, const Tensor& grad_h_las
     if (wanted) room[k] = k == kQ ? door.out_plain(results[k]) : door.out(results[k], last[k]);
   }
   c.grad_out = door.in(grad_out, n), c.grad_h_last = door.in(grad_h_last, n);
-  c.out = const_cast<T*>(door.in(out, n)), c.saved_low = door.low(saved, n);
-  if (c.saved_low == nullptr) c.saved = const_cast<T*>(door.in(saved, n));
+  c.out = const_cast<T*>(door.in(out, n));
+  uint16_t*& low = c.whole ? c.kept_low : c.saved_low;
+  T*& full = c.whole ? c.kept : c.saved;
+  const int64_t saved_row = c.whole ? c.kept_node() : n;
+  low = door.low(saved, saved_row);
+  if (low == nullptr) full = const_cast<T*>(door.in(saved, saved_row));
   c.grad_x = room[kX], c.graph.grad_U = room[kU], c.thetas.grad_Q = room[kQ];
   for (int k = 0; k < c.thetas.pools; ++k) c.thetas.pool[k].grad = room[k < 3 ? kWz + k : kBz + k - 3];
   c.want_graph = room[kU] != nullptr;
   for (const int k : {kQ, kWz, kWr, kWh, kBz, kBr, kBh}) c.want_theta = c.want_theta || room[k] != nullptr;
   for (int gate = 0; gate < 3; ++gate) {
-    TransposedPool<T>& pool = c.transposed[gate];
-    pool = {c.thetas.pool[gate].weights, K, n, c.live_inputs, c.channels, n, 0, 0};
+    TransposedPool<T>& pool = c.transposed[gate];  // a whole graph's holds the state's rows alone
+    pool = {c.thetas.pool[gate].weights, K, n, c.whole ? 0 : c.live_inputs, c.channels, n, 0, 0};
     pool.theta = gate * pool.size(), pool.block = 3 * pool.size();
   }
-  c.chunk = chunk_for(c.whole ? std::max(kWholeRowNodes / m, kWholeRows) : kBackwardRows, c.batch, c.steps);
-  const int64_t rows = c.batch * c.chunk, group = std::min(kMostNodes, m);
-  c.theta_scratch = c.whole ? group * c.transposed[0].block : 0;
-  c.scratch_size = c.theta_scratch +
-                   std::max({K * group * rows * std::max(c.inputs, c.channels), group * c.tile * c.channels,
-                             (ce + group) * kTransposed * c.transposed[0].row()});
-  const bool pairs = !c.whole && backward_in_pairs(a[kX].scalar_type(), {a[kX].size(3), a.channels()});
+  if (c.whole)
+    size_whole_backward(c);
+  else
+    size_small_backward(c);
+  const bool pairs = backward_in_pairs(a[kX].scalar_type(), {a[kX].size(3), a.channels()});
   door.workspace([&](Arena& arena) {
     plan_common(c, arena, true);
     if (c.whole)
-      c.transposed_pools = arena.take<T>(ce * c.transposed[0].block);
-    else if (pairs)
-      c.thetas.pairs = arena.take<uint32_t>(m * c.transposed[0].block / 2);
+      plan_whole_backward(c, arena);
     else
-      c.thetas.theta = arena.take<T>(m * c.transposed[0].block);
-    c.thetas.grad_theta = arena.take<T>(m * c.thetas.block);
-    c.thetas.partial_Q = arena.take<T>(c.thetas.blocks() * m * ce);
+      plan_small_backward(c, arena, pairs);
+    c.thetas.grad_theta = arena.take<T>(c.theta_nodes * c.thetas.block);
+    c.thetas.partial_Q = arena.take<T>(c.thetas.blocks() * c.theta_nodes * ce);
     c.alpha = arena.take<T>(m * c.gate_node(c.batch));
-    c.gamma_h = arena.take<T>(K * rows * c.frame());
-    c.gamma_r = arena.take<T>(K * rows * c.frame());
-    c.gamma_x = c.want_graph || c.grad_x != nullptr ? arena.take<T>(K * rows * m * c.inputs) : nullptr;
-    c.reset = arena.take<T>(rows * c.frame());
+    c.reset = arena.take<T>(c.batch * c.chunk * c.frame());
     c.grad_h = room[kH0] != nullptr ? room[kH0] : arena.take<T>(c.batch * c.frame());
   });
   prepare(c);

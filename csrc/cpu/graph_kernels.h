@@ -359,9 +359,11 @@ AUFAST_INLINE void sum_over_rows(const Thetas<T>& t, const SumOverRows<T>& p, co
                start, start_row, p.C, p.columns});
 }
 
-// grad W_e = Σ_i Q_ie grad Θ_i and grad Q_ie = ⟨grad Θ_i, W_e⟩, both in one pass over grad Θ.
+// grad W_e = Σ_i Q_ie grad Θ_i and grad Q_ie = ⟨grad Θ_i, W_e⟩, both in one pass over grad Θ; or added to
+// what is there.
 template <class T, class Team>
-void thetas_backward(const Thetas<T>& t, Team& team, const T* zeros) {
+void thetas_backward(const Thetas<T>& t, Team& team, const T* zeros, bool add_weights = false,
+                     bool add_Q = false) {
   const int64_t blocks = t.blocks(), m = t.nodes, ce = t.embeddings;
   team.phase(blocks, [&](int64_t item) {
     const PoolBlock b = pool_block(t, item);
@@ -369,9 +371,11 @@ void thetas_backward(const Thetas<T>& t, Team& team, const T* zeros) {
     const int64_t length = b.rows * t.columns, pool_size = pool.rows * t.columns,
                   offset = b.begin * t.columns;
     const T* grad_theta = t.grad_theta + pool.theta + offset;
-    if (pool.grad != nullptr)
-      multiply<T>(
-          {ce, length, m, 1, t.Q, 0, 1, ce, grad_theta, t.block, 0, zeros, 0, pool.grad + offset, pool_size});
+    if (pool.grad != nullptr) {
+      T* grad = pool.grad + offset;
+      multiply<T>({ce, length, m, 1, t.Q, 0, 1, ce, grad_theta, t.block, 0, add_weights ? grad : zeros,
+                   add_weights ? pool_size : 0, grad, pool_size});
+    }
     if (t.grad_Q == nullptr) return;
     T* partial = t.partial_Q + item * m * ce;
     for (int64_t i = 0; i < m * ce; ++i) partial[i] = 0;
@@ -381,7 +385,7 @@ void thetas_backward(const Thetas<T>& t, Team& team, const T* zeros) {
   if (t.grad_Q == nullptr) return;
   team.phase(m, [&](int64_t i) {
     for (int64_t e = 0; e < ce; ++e) {
-      T total = 0;
+      T total = add_Q ? t.grad_Q[i * ce + e] : T(0);
       for (int64_t block = 0; block < blocks; ++block) total += t.partial_Q[(block * m + i) * ce + e];
       t.grad_Q[i * ce + e] = total;
     }

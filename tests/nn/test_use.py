@@ -81,7 +81,7 @@ torch.save(out[0] if isinstance(out, (tuple, list)) else out, sys.argv[3])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("built", ["AdaptiveGraphGRU"], indirect=True)
+@every
 def test_a_package_ahead_of_time_runs_in_a_fresh_process(built, tmp_path: Path) -> None:
     layer, inputs = built
     package, given, out = (str(tmp_path / name) for name in ("layer.pt2", "inputs.pt", "out.pt"))
@@ -148,49 +148,66 @@ class Halved(nn.Module):
         return value / 2
 
 
-def test_parametrized_and_shared_weights() -> None:
-    one, two = (GraphConv(3, 3, nodes=5, embedding=2) for _ in range(2))
-    two.U = one.U
-    model, x = nn.Sequential(one, two), torch.randn(2, 5, 3)
-    assert len(list(model.parameters())) == 5
-    model(x).sum().backward()
-    alone = torch.autograd.grad(two(one(x).detach()).sum(), one.U)[0]
-    assert not torch.allclose(one.U.grad, alone)
-    plain = copy.deepcopy(one)
-    parametrize.register_parametrization(one, "W", Halved())
+@parametrized
+def test_parametrized_weights(built) -> None:
+    layer, inputs = built
+    plain = copy.deepcopy(layer)
+    name = max(dict(plain.named_parameters()), key=lambda name: plain.get_parameter(name).numel())
     with torch.no_grad():
-        plain.W /= 2
-    torch.testing.assert_close(one(x), plain(x))
+        plain.get_parameter(name).div_(2)
+    owner, _, own = name.rpartition(".")
+    parametrize.register_parametrization(layer.get_submodule(owner), own, Halved())
+    torch.testing.assert_close(first(layer(*inputs)), first(plain(*inputs)))
 
 
-def in_another_process(layer: nn.Module, x: Tensor, results) -> None:
-    results.put(layer(x)[0].detach().numpy())
+@parametrized
+def test_shared_weights_gather_both_gradients(built) -> None:
+    one, inputs = built
+    two = LAYERS[type(one).__name__][0]()
+    name, shared = max(one.named_parameters(), key=lambda item: item[1].numel())
+    owner, _, own = name.rpartition(".")
+    setattr(two.get_submodule(owner), own, shared)
+    losses = [first(layer(*inputs)).square().sum() for layer in (one, two)]
+    expected = sum(torch.autograd.grad(loss, shared, retain_graph=True)[0] for loss in losses)
+    sum(losses).backward()
+    torch.testing.assert_close(shared.grad, expected)
+    both = nn.ModuleList([one, two])
+    assert len(list(both.parameters())) == 2 * len(list(one.parameters())) - 1
+
+
+def in_another_process(layers: dict[str, nn.Module], inputs: dict[str, tuple[Tensor, ...]], results) -> None:
+    for name, layer in layers.items():
+        results.put((name, first(layer(*inputs[name])).detach().numpy()))
 
 
 @pytest.mark.slow
-def test_a_layer_travels_to_a_spawned_process() -> None:
-    layer, x = AdaptiveGraphGRU(3, 4, nodes=5), torch.randn(2, 3, 5, 3)
+def test_the_layers_travel_to_a_spawned_process() -> None:
+    layers = {name: make() for name, (make, _) in LAYERS.items()}
+    inputs = {name: given() for name, (_, given) in LAYERS.items()}
     context = mp.get_context("spawn")
     results = context.Queue()
-    process = context.Process(target=in_another_process, args=(layer, x, results))
+    process = context.Process(target=in_another_process, args=(layers, inputs, results))
     process.start()
-    found = torch.from_numpy(results.get(timeout=120))
+    found = dict(results.get(timeout=120) for _ in layers)
     process.join()
-    torch.testing.assert_close(found, layer(x)[0].detach())
+    for name, layer in layers.items():
+        torch.testing.assert_close(torch.from_numpy(found[name]), first(layer(*inputs[name])).detach())
 
 
 def train_together(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    model = nn.parallel.DistributedDataParallel(GraphGRU(3, 4, nodes=5, embedding=2))
-    x = torch.randn(4, 3, 5, 3)
-    model(x[rank::2])[0].square().mean().backward()
-    if rank == 0:
-        alone = copy.deepcopy(model.module)
-        alone.zero_grad()
-        alone(x)[0].square().mean().backward()
-        for found, truth in zip(model.parameters(), alone.parameters(), strict=True):
-            torch.testing.assert_close(found.grad, truth.grad)
+    for name in WITH_PARAMETERS:
+        torch.manual_seed(0)
+        make, given = LAYERS[name]
+        layer, inputs = make(), given()  # two of each input: one for each process
+        model = nn.parallel.DistributedDataParallel(layer)
+        first(model(*(value[rank::2] for value in inputs))).square().mean().backward()
+        if rank == 0:
+            alone = copy.deepcopy(layer)
+            alone.zero_grad()
+            first(alone(*inputs)).square().mean().backward()
+            for found, truth in zip(layer.parameters(), alone.parameters(), strict=True):
+                torch.testing.assert_close(found.grad, truth.grad)
     torch.distributed.destroy_process_group()
 
 

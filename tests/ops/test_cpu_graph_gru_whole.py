@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import aufast
 from aufast import reference
@@ -72,6 +73,37 @@ def test_equals_the_reference(size: str, dtype: torch.dtype) -> None:
     assert_close(outputs_and_gradients(inputs, normalization, "cpu"), truth, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("size", ["first-layer", "one-sequence", "identity-alone", "global", "no-steps"])
+def test_a_first_state_of_zeros_needs_no_memory(size: str, dtype: torch.dtype) -> None:
+    """Nothing is computed of it, in either direction, and the poisoned memory for its φ is never read."""
+    inputs, normalization = make(size, dtype)
+    zeros = [*inputs[:6], torch.zeros_like(inputs[6]), *inputs[7:]]
+    truth = outputs_and_gradients([value.double() for value in zeros], normalization, "reference")
+    leaves = [value.clone().requires_grad_() for value in inputs[:6] + inputs[7:]]
+    *positional, b_z, b_r, b_h = leaves
+    out, last = aufast.ops.graph_gru(
+        *positional, biases=(b_z, b_r, b_h), normalization=normalization, backend="cpu"
+    )
+    weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).to(dtype)
+    total = (out * weight).sum() + last.square().sum()
+    found = [out, last, *torch.autograd.grad(total, leaves, materialize_grads=True)]
+    assert_close(found, truth[:8] + truth[9:], TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", ["first-layer", "one-sequence", "identity-alone", "global", "no-steps"])
+def test_what_is_kept_has_the_shape_that_tracing_expects(size: str, dtype: torch.dtype) -> None:
+    inputs, normalization = make(size, dtype)
+    inputs[6] = inputs[6].to(dtype if dtype == torch.float64 else torch.float32)
+    arguments = (*inputs, None, normalization == "softmax", True)
+    real = torch.ops.aufast.graph_gru(*arguments)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments]
+        expected = torch.ops.aufast.graph_gru(*fakes)
+    assert [(a.shape, a.dtype) for a in real] == [(a.shape, a.dtype) for a in expected]
+
+
 @pytest.mark.parametrize("size", ["first-layer", "global"])
 def test_lengths_end_each_sequence_and_nothing_behind_is_read(size: str) -> None:
     inputs, normalization = make(size, torch.float64)
@@ -98,8 +130,10 @@ def test_the_same_bits_with_any_number_of_threads(size: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_bfloat16_is_as_near_as_the_reference_in_bfloat16() -> None:
-    inputs, normalization = make("second-layer", torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", ["first-layer", "second-layer", "one-sequence"])
+def test_low_precision_is_as_near_as_the_reference_in_it(size: str, dtype: torch.dtype) -> None:
+    inputs, normalization = make(size, dtype)
     inputs[6] = inputs[6].float()
     truth = outputs_and_gradients([value.double() for value in inputs], normalization, "reference")
     plain = outputs_and_gradients(inputs, normalization, "reference")

@@ -138,6 +138,8 @@ DROP_IN = (
     "tests/test_accelerate.py",
     "tests/ops/test_roi_align.py",
     "tests/examples",
+    "tests/test_dropin_docs.py",
+    "tests/models/test_onnx.py",
 )
 
 
@@ -157,7 +159,7 @@ def clean_environment(wheel: Path, folder: Path, tools: str) -> Path:
     assert done.returncode == 0, done.stdout
     (site,) = (folder / "venv").glob("lib/python*/site-packages")
     (site / "tools.pth").write_text(tools)
-    for part in ("tests", "examples"):
+    for part in ("tests", "examples", "docs"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
     where = run([python, "-c", "import aufast; print(aufast.__file__)"], folder)
