@@ -125,14 +125,18 @@ def prepare_dataset(
         ordered = [entries[video.name] for video in videos]
         if not any(entry["frames"] for entry in ordered):
             raise ValueError(f"{root}: no frame could be packed; {_reasons(ordered)}")
-        lines = [
-            f"{value}  {VIDEOS}/{entry['name']}/{name}\n"
-            for entry in ordered
-            for name, value in entry["sums"].items()
-        ]
-        write_whole(out / SUMS, "".join(lines).encode())
-        write_whole(out / INDEX, _json({**settings, "videos": ordered}))
+        _write_index(out, settings, ordered)
     return _summary(out, videos, ordered, kept)
+
+
+def _write_index(out: Path, settings: dict[str, Any], entries: list[dict[str, Any]]) -> None:
+    lines = [
+        f"{value}  {VIDEOS}/{entry['name']}/{name}\n"
+        for entry in entries
+        for name, value in entry["sums"].items()
+    ]
+    write_whole(out / SUMS, "".join(lines).encode())
+    write_whole(out / INDEX, _json({**settings, "videos": entries}))
 
 
 def _summary(out: Path, videos: list[Video], entries: list[dict[str, Any]], kept: int) -> Summary:
