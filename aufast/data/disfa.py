@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 from aufast.aus import AU_SETS
+from aufast.data.frames import told_frames
 from aufast.data.landmarks import load_landmarks
 from aufast.data.matlab import read_matrix
 from aufast.data.records import (
@@ -125,7 +126,8 @@ def _read_subject(
     images = first_folder(root, f"Images/{subject}", subject)
     if images is None:
         movie = _find_movie(root, subject, camera)
-        return Video(numbers=numbers, labels=labels, mask=mask, movie=movie, positions=numbers - 1, **common)
+        common |= {"movie": movie, "positions": numbers - 1, "notes": _count_film(movie, subject, numbers)}
+        return Video(numbers=numbers, labels=labels, mask=mask, **common)
     found = numbered_images(images)
     filmed = len(numbers) - (subject in ONE_SHORT and len(numbers) == FRAMES)
     base = _first_number(images, found, filmed) if first_image is None else first_image
@@ -147,6 +149,15 @@ def _read_subject(
         notes=tuple(notes),
         **common,
     )
+
+
+def _count_film(movie: Path, subject: str, numbers: np.ndarray) -> tuple[str, ...]:
+    """A note where a film tells another number of frames than there are labels for."""
+    labelled, told = int(numbers[-1]), told_frames(movie)
+    known = labelled - (subject in ONE_SHORT and labelled == FRAMES)
+    if told is None or told == known:
+        return ()
+    return (f"{subject}: {movie.name} has {told:,} frames, and the labels end with frame {labelled:,}",)
 
 
 def read_intensities(folder: Path, aus: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

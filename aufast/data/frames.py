@@ -46,6 +46,19 @@ def iterate_frames(video: Video) -> Iterator[np.ndarray | ValueError]:
         position = next(wanted, None)
 
 
+def told_frames(path: Path) -> int | None:
+    """How many frames a video file says it holds; None where it does not say, or PyAV is not installed."""
+    try:
+        import av
+    except ImportError:
+        return None
+    try:
+        with av.open(str(path.absolute()), options=_OPTIONS) as container:
+            return container.streams.video[0].frames or None
+    except (av.FFmpegError, IndexError, OSError, ValueError):
+        return None  # what cannot be opened is said when its frames are read
+
+
 def _decode(path: Path) -> Iterator[np.ndarray]:
     """The frames of a video file up to its end or to the first one that is damaged."""
     try:

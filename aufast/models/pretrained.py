@@ -30,12 +30,14 @@ class Pretrained(nn.Module):
         config: the frozen dataclass it was built from.
         config_class: that dataclass.
         variants: the model names that the class builds.
+        trained_on: the data sets its weights have seen, the first one first; drawn faces say SYNTHETIC.
         inference_dtype: of a model from `aufast.optimize_for_inference`; None for one that can train.
     """
 
     config: Any
     config_class: ClassVar[type]
     variants: ClassVar[tuple[str, ...]]
+    trained_on: tuple[str, ...] = ()
     inference_dtype: torch.dtype | None = None
 
     @property
@@ -84,6 +86,8 @@ class Pretrained(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         values = dataclasses.asdict(self.config)
         config = {"format_version": FORMAT_VERSION, "model": values.pop("variant"), "config": values}
+        if self.trained_on:
+            config["trained_on"] = list(self.trained_on)
         if self.inference_dtype is not None:
             config["optimized"] = next(k for k, v in INFERENCE_DTYPES.items() if v == self.inference_dtype)
         tensors = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
@@ -133,6 +137,7 @@ class Content(NamedTuple):
     name: str
     values: dict[str, Any]  # of the config
     inference_dtype: torch.dtype | None
+    trained_on: tuple[str, ...]
     tensors: dict[str, Tensor]
 
 
@@ -152,12 +157,12 @@ def read_folder(folder: Path) -> Content:
     for name, data in files.items():
         if hashlib.sha256(data).hexdigest() != sums[name]:
             _refuse(folder / name, f"cut short or changed: its SHA-256 is not the one in {SUMS}")
-    name, values, inference_dtype = _parse_config(folder / CONFIG, files[CONFIG])
+    facts = _parse_config(folder / CONFIG, files[CONFIG])
     try:
         tensors = safetensors.torch.load(files[WEIGHTS])
     except safetensors.SafetensorError as error:
         _refuse(folder / WEIGHTS, f"not a safetensors file: {error}")
-    return Content(name, values, inference_dtype, tensors)
+    return Content(*facts, tensors)
 
 
 def _read_sums(path: Path) -> dict[str, str]:
@@ -174,7 +179,7 @@ def _read_sums(path: Path) -> dict[str, str]:
     return sums
 
 
-def _parse_config(path: Path, data: bytes) -> tuple[str, dict[str, Any], torch.dtype | None]:
+def _parse_config(path: Path, data: bytes) -> tuple[str, dict[str, Any], torch.dtype | None, tuple[str, ...]]:
     try:
         config = json.loads(data)
     except ValueError as error:
@@ -190,7 +195,10 @@ def _parse_config(path: Path, data: bytes) -> tuple[str, dict[str, Any], torch.d
     optimized = config.get("optimized")
     if optimized not in (None, *INFERENCE_DTYPES):
         _refuse(path, f"'optimized' must be one of {', '.join(INFERENCE_DTYPES)}, got {optimized!r}")
-    return config["model"], config["config"], INFERENCE_DTYPES.get(optimized)
+    trained_on = config.get("trained_on", [])
+    if not isinstance(trained_on, list) or not all(isinstance(name, str) for name in trained_on):
+        _refuse(path, f"'trained_on' must be a list of names, got {trained_on!r}")
+    return config["model"], config["config"], INFERENCE_DTYPES.get(optimized), tuple(trained_on)
 
 
 def build_model(cls: type[Model], folder: Path, content: Content) -> Model:
@@ -220,6 +228,7 @@ def build_model(cls: type[Model], folder: Path, content: Content) -> Model:
         for key, value in tensors.items()
     }
     model.load_state_dict(copies, assign=True)
+    model.trained_on = content.trained_on
     if content.inference_dtype is not None:
         model.to(memory_format=torch.channels_last)
     return model.eval()

@@ -144,6 +144,12 @@ def plot_curves(curves: dict[str, tuple[Sequence[int], Sequence[float]]]) -> Fig
     return figure
 
 
+def mark_synthetic(figure: Figure) -> None:
+    """Say on a figure, in its heading, that the faces it is about were drawn."""
+    before = figure.get_suptitle()
+    figure.suptitle(f"SYNTHETIC faces: {before}" if before else "SYNTHETIC faces", fontsize=10)
+
+
 def plot_graphs(graphs: dict[str, tuple[np.ndarray, Sequence[int]]]) -> Figure:
     """AU graphs as matrices, one panel each.
 

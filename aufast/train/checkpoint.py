@@ -103,10 +103,17 @@ def _move_link(run: Path, link: Link, name: str) -> None:
     os.replace(fresh, run / link)
 
 
+def linked(run: Path, link: Link) -> Path:
+    """The checkpoint of a name: `best` is the last one too where a kill came between the two moves."""
+    last = run / "last"
+    is_best = last.exists() and "best" in read_position(last).links
+    return last if link == "best" and is_best else run / link
+
+
 def finish_links(run: Path) -> None:
-    """Move `best` to the last checkpoint where that is the best and a kill came between the two moves."""
-    if (run / "last").exists() and "best" in read_position(run / "last").links:
-        _move_link(run, "best", (run / "last").resolve().name)
+    """Make the moves that a kill prevented."""
+    if (found := linked(run, "best")).name == "last":
+        _move_link(run, "best", found.resolve().name)
         sync_folder(run)
 
 

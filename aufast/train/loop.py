@@ -47,6 +47,9 @@ from aufast.train.run import Log, kept, open_run
 from aufast.train.transfer import start_from
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+# The scale of float16 starts at 2^16 and halves with each step that is left out: after so many in a row the
+# scale is below 1, and it is not for the scale that gradients are no numbers.
+SKIPS = 20
 
 
 def train(config: MARGLRun | AARRun, out: str | os.PathLike[str], *, resume: bool = False) -> bool:
@@ -104,18 +107,23 @@ class Trainer:
         self.position = Position()
         self.stop = False
         self.started = time.monotonic()
+        self.skipped = 0  # steps left out by the scaler, in a row
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=config.precision == "float16")
         self.log: Log | None = None
 
     def _make_model(self) -> MARGL | AAR:
         config = self.config
         model = MARGL(config.model) if isinstance(config, MARGLRun) else AAR(config.model)
+        packed = self.split.packed
+        model.trained_on = (f"SYNTHETIC {packed.dataset}" if packed.synthetic else packed.dataset,)
         if (self.out / "last").exists():
             return model  # its weights are in the checkpoint
         if isinstance(config, MARGLRun) and config.imagenet:
             model.backbone.load_imagenet(config.imagenet)
         if config.initial:
-            lines = start_from(model, load_model(config.initial), config.initial_aus == "shared")
+            initial = load_model(config.initial)
+            lines = start_from(model, initial, config.initial_aus == "shared")
+            model.trained_on = (*initial.trained_on, *model.trained_on)
             if self.processes.first:
                 sys.stderr.write("\n".join([*lines, ""]))
         return model
@@ -142,9 +150,10 @@ class Trainer:
         if (self.out / "last").exists():
             model, moments, self.position = load_checkpoint(self.out / "last")
             self.model.load_state_dict(model.state_dict())
+            self.model.trained_on = model.trained_on
             self.scaler.load_state_dict(self.position.scaler)
         first = self.processes.first
-        with Log(self.out, self.position.metrics, self.config.tensorboard, first) as self.log:
+        with Log(self.out, self.position, self.config.tensorboard, first) as self.log:
             stages = list(self.config.stages.items())
             while not self.position.finished:
                 name, stage = stages[self.position.stage]
@@ -261,7 +270,9 @@ class Trainer:
         norm = float(
             torch.nn.utils.get_total_norm([p.grad for p in objective.parameters() if p.grad is not None])
         )
-        if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
+        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
+        allowed = SKIPS if self.scaler.is_enabled() else 1
+        if not math.isfinite(loss) or self.skipped == allowed:
             raise ValueError(self._complaint(loss, norm, losses, step_batches))
         self.scaler.step(optimizer)
         self.scaler.update()
@@ -278,6 +289,7 @@ class Trainer:
                 packed = self.split.train[video]
                 names.append(f"{packed.name} from frame {int(packed.numbers[frame])}")
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
+        what += f", in {self.skipped} steps in a row" if self.skipped > 1 else ""
         step = self.position.step + 1
         return (
             f"step {step}: {what}; the step is not taken and {self.out / 'last'} is kept. It saw "

@@ -15,7 +15,7 @@ from typing import Any
 from aufast.files import write_whole, writing
 from aufast.models import load_model
 from aufast.train.batches import Split, make_split
-from aufast.train.checkpoint import STATE, Link, read_position
+from aufast.train.checkpoint import STATE, Link, linked, read_position
 from aufast.train.config import AARRun, MARGLRun
 from aufast.train.evaluate import score
 from aufast.train.metrics import F1Result, mean_defined
@@ -158,10 +158,11 @@ def _test(
     known = set(about["train"]) | set(about["validation"] if config.data.validation == "subjects" else ())
     if seen := sorted({video.subject for video in split.test} & known):
         raise ValueError(f"{run}: subject {seen[0]} is in the test data, and the run was trained on it")
-    model = load_model(run / link).to(processes.device)
+    folder = linked(run, link)
+    model = load_model(folder).to(processes.device)
     if model.config.aus != config.model.aus:
         raise ValueError(
-            f"{run / link}: the checkpoint is for AUs {model.config.aus}, the run for {config.model.aus}"
+            f"{folder}: the checkpoint is for AUs {model.config.aus}, the run for {config.model.aus}"
         )
     return score(model, split.test, split.columns, processes, loaders=loaders).compute()
 

@@ -19,7 +19,7 @@ from typing import Any
 from aufast.data.packed import read_json
 from aufast.files import locked, write_whole, writing
 from aufast.train.batches import Split
-from aufast.train.checkpoint import finish_links, remove_unlinked
+from aufast.train.checkpoint import Position, finish_links, remove_unlinked
 from aufast.train.config import AARRun, MARGLRun
 from aufast.typed import from_json
 
@@ -127,16 +127,16 @@ class Log:
 
     Args:
         run: the run's folder.
-        start: bytes of metrics.jsonl that the checkpoint knows; later lines are of steps that are done again.
+        position: of the checkpoint; what was written after it is of steps that are done again, and goes.
         tensorboard: write TensorBoard's files too.
         active: False for processes that write nothing.
 
     Raises:
         ImportError: TensorBoard is wanted and not installed.
-        ValueError: metrics.jsonl has fewer bytes than `start`.
+        ValueError: metrics.jsonl has fewer bytes than the checkpoint knows.
     """
 
-    def __init__(self, run: Path, start: int, tensorboard: bool, active: bool):
+    def __init__(self, run: Path, position: Position, tensorboard: bool, active: bool):
         self._run = run
         self._file = self._board = None
         if not active:
@@ -148,8 +148,8 @@ class Log:
                 raise ImportError(
                     "tensorboard is not installed: pip install 'aufast[tensorboard]'"
                 ) from error
-            self._board = SummaryWriter(run / "tensorboard")
-        self._file = open(run / METRICS, "ab")
+            self._board = SummaryWriter(run / "tensorboard", purge_step=position.step + 1)
+        self._file, start = open(run / METRICS, "ab"), position.metrics
         if self._file.tell() < start:
             raise ValueError(f"{run / METRICS}: was cut short: the last checkpoint knows {start} bytes of it")
         self._file.truncate(start)

@@ -80,10 +80,13 @@ def _curves(name: str, path: Path) -> dict[str, tuple[list[int], list[float]]]:
 
 
 def _save_curves(out: Path, curves: dict[str, tuple[list[int], list[float]]]) -> Path:
+    from aufast.plot import mark_synthetic
     from aufast.plot.figures import plot_curves
 
     path = out / "curves.png"
-    plot_curves(curves).savefig(path)
+    figure = plot_curves(curves)
+    mark_synthetic(figure)
+    figure.savefig(path)
     return path
 
 
@@ -108,6 +111,7 @@ def _picture(out: Path, model: MARGL | AAR, video: PackedVideo) -> Path:
         targets = attention_targets(au_centers(points, aus, "attention"), model.attention_size, side)
         learned = model(pixels[None]).attention[0, 0]
         figure = plot.plot_attention(image, targets.numpy(), learned.numpy(), aus)
+    plot.mark_synthetic(figure)
     path = out / f"{model.name}-{'rois' if isinstance(model, MARGL) else 'attention'}.png"
     figure.savefig(path)
     return path

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from aufast import data
+from aufast.aus import AU_SETS
 from aufast.data import clips
 from tests.data import trees
 
@@ -33,12 +34,15 @@ def test_the_described_table_is_read(tmp_path: Path) -> None:
     (tmp_path / "gft.json").write_text(text)
     spec = json.loads(text)
     names = [*spec["columns"].values(), *spec["labels"].values()]
-    (tmp_path / "frames.csv").write_text(",".join(names) + "\na.jpg,001A,001A,1,train,0,1,9\n")
+    codes = ",".join("019" + "0" * 7)
+    (tmp_path / "frames.csv").write_text(",".join(names) + f"\na.jpg,001A,001A,1,train,{codes}\n")
     columns = [f"{axis}_{k}" for k in range(49) for axis in "xy"]
     cells = ",".join(map(str, trees.POINTS.ravel()))
     (tmp_path / "landmarks.csv").write_text(f"path,{','.join(columns)}\na.jpg,{cells}\n")
     (video,) = data.read_table(tmp_path / "gft.json")
-    assert video.labels.tolist() == [[0, 1, 0]] and video.mask.tolist() == [[True, True, False]]
+    assert video.aus == AU_SETS["gft"], "whole, so that a recipe's model finds its AUs"
+    assert video.labels[0, :3].tolist() == [0, 1, 0]
+    assert video.mask[0].tolist() == [True, True, False, *[True] * 7]
     np.testing.assert_allclose(video.landmarks(video.numbers)[0], trees.POINTS)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from aufast.data import iterate_frames, read_bp4d
+from aufast.data import check_dataset, iterate_frames, prepare_dataset, read_bp4d
+from aufast.data.landmarks import write_landmarks
 from aufast.data.records import Video
 from tests.data import trees
 
@@ -44,6 +46,23 @@ def test_movie(tmp_path: Path) -> None:
     frames = list(iterate_frames(movie_record(tmp_path / "a.avi", [0, 3, 4, 19, 20])))
     assert [round(float(f.mean()) / 10) for f in frames[:4]] == [0, 3, 4, 19]
     assert "ends before frame 21" in str(frames[4])
+
+
+@pytest.mark.parametrize("frames", [9, 10, 12])
+def test_a_film_with_more_or_fewer_frames_than_labels_is_told(tmp_path: Path, frames: int) -> None:
+    trees.disfa(tmp_path / "DISFA", "SN003", 10)
+    shutil.rmtree(tmp_path / "DISFA" / "Images")
+    (tmp_path / "DISFA" / "Videos_LeftCamera").mkdir()
+    make_movie(tmp_path / "DISFA" / "Videos_LeftCamera" / "LeftVideoSN003_comp.avi", frames)
+    (tmp_path / "DISFA" / "Landmarks").mkdir()
+    points = np.repeat(trees.POINTS[None] * 0.4, 10, axis=0)
+    write_landmarks(tmp_path / "DISFA" / "Landmarks" / "SN003.csv", np.arange(1, 11), points)
+    said = f"SN003: LeftVideoSN003_comp.avi has {frames} frames, and the labels end with frame 10"
+    for text in (
+        check_dataset(tmp_path / "DISFA").text(),
+        prepare_dataset(tmp_path / "DISFA", tmp_path / "out", size=32).text(),
+    ):
+        assert (said in text) == (frames != 10)
 
 
 def test_a_playlist_is_no_video(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from aufast.data.packed import ARRAYS, gather_labels
 from aufast.faces import align_face, load_image
 from tests.data import trees
 from tests.disks import run_on_disk
+from tests.memory import own_memory
 
 RECIPE = Recipe(subjects=3, videos=1, frames=12, size=120, seed=1, occluders=False)
 
@@ -154,6 +156,28 @@ def test_goes_on_where_it_stopped(tree: Path, packed: Path, tmp_path: Path, monk
     assert calls[2:] == ["F003_T1", "F004_T1"] and summary.kept == 1
     assert contents(out) == contents(packed)
     assert prepare_dataset(tree, out, size=64).kept == 3 and len(calls) == 4
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_ten_thousand_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One video, its images one file by many names."""
+    numbers = np.arange(1, 10_001)
+    trees.bp4d(tmp_path / "tree", {"F001_T1": {1: {}}})
+    folder = tmp_path / "tree" / "2D+3D" / "F001" / "T1"
+    for number in numbers[1:]:
+        os.link(folder / "0001.jpg", folder / f"{number:04d}.jpg")
+    trees.write_codes(tmp_path / "tree/AUCoding/AU_OCC/F001_T1.csv", {int(number): {} for number in numbers})
+    points = np.repeat(trees.POINTS[None], len(numbers), axis=0)
+    write_landmarks(tmp_path / "tree" / "Landmarks" / "F001_T1.csv", numbers, points)
+    sizes, inner = [], prepare.align_face
+
+    def align(*arguments):
+        sizes.append(own_memory())
+        return inner(*arguments)
+
+    monkeypatch.setattr(prepare, "align_face", align)
+    assert prepare_dataset(tmp_path / "tree", tmp_path / "out", size=64).frames == 10_000
+    assert sizes[-1] < sizes[len(sizes) // 4] + 16
 
 
 def test_labels_that_changed_are_packed_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

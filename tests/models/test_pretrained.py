@@ -22,6 +22,7 @@ from tests.models.examples import NAMES, inputs, randomize, small
 def folder(tmp_path):
     model = small("aar")
     randomize(model)
+    model.trained_on = ("bp4d", "SYNTHETIC disfa")
     model.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
@@ -67,6 +68,11 @@ def test_round_trip(name, tmp_path):
         state = found.state_dict()
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
         assert torch.equal(found(*batch).probabilities, expected)
+
+
+def test_what_it_was_trained_on_is_kept(folder, tmp_path):
+    load_model(folder).save_pretrained(tmp_path / "again")
+    assert load_model(tmp_path / "again").trained_on == ("bp4d", "SYNTHETIC disfa")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
@@ -129,9 +135,11 @@ def test_an_interrupted_save_is_refused(folder, monkeypatch):
             raise OSError("disk full")
         replace(source, target)
 
+    other = small("aar")
+    other.trained_on = load_model(folder).trained_on  # so that config.json is the same
     monkeypatch.setattr(pretrained.os, "replace", fail_on_sums)
     with pytest.raises(OSError, match="disk full"):
-        small("aar").save_pretrained(folder)
+        other.save_pretrained(folder)
     assert sorted(os.listdir(folder)) == sorted(before)
     with pytest.raises(ValueError, match=r"model.safetensors: cut short or changed"):
         load_model(folder)
@@ -192,6 +200,7 @@ def test_damaged_sums_are_named(folder, text, message):
         ({"model": "aarr"}, "config.json: unknown model 'aarr'; did you mean aar"),
         ({"model": None}, "config.json: holds no 'model'"),
         ({"config": []}, "config.json: holds no 'config'"),
+        ({"trained_on": "bp4d"}, "config.json: 'trained_on' must be a list of names, got 'bp4d'"),
         ({"width": -1}, "config.json: AARConfig: width must be an integer of at least 1, got -1"),
         (
             {"aus": [1, 4]},

@@ -17,7 +17,7 @@ import torch
 
 from aufast.train import checkpoint, train
 from aufast.train.checkpoint import load_checkpoint
-from aufast.train.loop import Trainer
+from aufast.train.loop import SKIPS, Trainer
 from aufast.train.objectives import RegionObjective
 from tests.disks import run_on_disk
 from tests.train.runs import MAKERS, metrics, outcome
@@ -67,6 +67,48 @@ def test_a_gradient_that_is_no_number_stops_the_run_too(packed, tmp_path, monkey
     monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda tensors: torch.tensor(math.inf))
     with pytest.raises(ValueError, match="step 1: the gradient's norm is inf; the step is not taken"):
         train(MAKERS["aar"](packed), tmp_path / "run")
+
+
+@pytest.mark.parametrize("bad", [4, SKIPS])
+def test_float16_steps_may_be_left_out_but_not_for_ever(packed, tmp_path, monkeypatch, bad):
+    """The scaler halves its scale and goes on; what is no number at any scale stops the run."""
+    inner, seen = RegionObjective.forward, []
+
+    def forward(self, batch, counts):
+        seen.append(batch)
+        loss = inner(self, batch, counts)
+        if len(seen) <= bad:  # a finite loss, and a gradient that is NaN
+            weight = next(p for p in self.parameters() if p.requires_grad)
+            loss = loss + (weight - weight.detach()).abs().sum().sqrt() * 0
+        return loss
+
+    monkeypatch.setattr(RegionObjective, "forward", forward)
+    config = MAKERS["margl"](packed, batch=6, precision="float16", device="cpu")
+    if bad < SKIPS:
+        assert train(config, tmp_path / "run")
+        assert all(math.isfinite(line["loss"]) for line in metrics(tmp_path / "run") if "loss" in line)
+        return
+    with pytest.raises(
+        ValueError, match=rf"step {SKIPS}: the gradient's norm is nan, in {SKIPS} steps in a row; "
+    ):
+        train(config, tmp_path / "run")
+    assert len(seen) == SKIPS
+    assert all(value.isfinite().all() for value in last(tmp_path / "run")[0].state_dict().values())
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("system", MAKERS)
+def test_low_precision_trains(packed, tmp_path, system, precision):
+    """Near float32's losses, yet not the same; weights stay float32."""
+    curves = {}
+    for name in ("float32", precision):
+        assert train(MAKERS[system](packed, precision=name, device="cpu"), tmp_path / name)
+        curves[name] = torch.tensor([line["loss"] for line in metrics(tmp_path / name) if "loss" in line])
+    first = (curves[precision][:3] - curves["float32"][:3]).abs() / curves["float32"][:3]
+    assert 0 < first.max() < 0.05
+    assert curves[precision].isfinite().all()
+    tensors = last(tmp_path / precision)[0].state_dict().values()
+    assert {value.dtype for value in tensors if value.is_floating_point()} == {torch.float32}
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(packed, tmp_path, monkeypatch):
@@ -300,6 +342,30 @@ def test_tensorboard_gets_the_same_numbers(packed, tmp_path):
     expected = [(line["step"], line["loss"]) for line in metrics(tmp_path / "run") if "loss" in line]
     assert [step for step, _ in found] == [step for step, _ in expected]
     assert [value for _, value in found] == pytest.approx([value for _, value in expected])
+
+
+def test_tensorboard_of_a_run_that_went_on_has_every_step_once(packed, tmp_path, monkeypatch):
+    """Steps after the last checkpoint were written down, and are done and written again."""
+    pytest.importorskip("tensorboard", reason="writes TensorBoard's files")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config, inner = MAKERS["margl"](packed, epochs=1, tensorboard=True, save_every=3), Trainer._step
+
+    def step(self, *a):
+        if self.position.step == 5:
+            raise KeyboardInterrupt
+        return inner(self, *a)
+
+    monkeypatch.setattr(Trainer, "_step", step)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "run")
+    assert last(tmp_path / "run")[2].step == 3
+    monkeypatch.undo()
+    assert train(config, tmp_path / "run", resume=True)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    found = [event.step for event in events.Scalars("loss")]
+    assert found == [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, len(found) + 1))
 
 
 def test_the_same_seed_is_the_same_run_with_any_number_of_loaders(packed, tmp_path):

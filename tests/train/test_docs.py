@@ -71,6 +71,30 @@ def test_what_training_waits_for_is_what_was_measured():
         assert f'"{system}: forward and backward": {value},' in text
 
 
+def results(name):
+    return json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / name).read_text())
+
+
+def test_the_recorded_runs_hold_the_bars():
+    """Mean F1 of 75 in five minutes on two cores, and above the ablated baseline over three seeds."""
+    record = results("2026-11-28-synthetic-faces.json")
+    means = {}
+    for run in record["runs"]:
+        means.setdefault(run["variant"], {})[run["seed"]] = run["mean"]
+    assert all(sorted(found) == [0, 1, 2] for found in means.values())
+    means = {variant: sum(found.values()) / 3 for variant, found in means.items()}
+    assert means["margl"] > means["resnet18"] and means["aar"] > means["b-net"]
+    timed = {name.split(",")[0]: run for name, run in record["two cores"].items() if name != "about"}
+    for system in ("margl", "aar"):
+        assert timed[system]["seconds"] <= 300 and timed[system]["mean"] >= 75 and means[system] >= 75
+
+
+def test_the_recorded_loader_feeds_three_times_what_a_model_takes():
+    speeds = results("2026-11-28-training-2-threads.json")["frames a second"]
+    for system in ("margl", "aar"):
+        assert speeds[f"{system}: one loader"] >= 3 * speeds[f"{system}: forward and backward"]
+
+
 def test_the_record_is_what_the_page_says():
     record = Path(__file__).parents[2] / "benchmarks" / "results" / "2026-11-28-synthetic-faces.json"
     assert f"../benchmarks/results/{record.name}" in PAGE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import re
 import shlex
 from pathlib import Path
@@ -12,15 +13,16 @@ import torch
 
 import aufast
 from aufast.cli import main
-from aufast.data import PackedDataset
+from aufast.data import ClipDataset, Cropping, FrameDataset, PackedDataset
 from aufast.faces import au_centers
 from aufast.models import AAR, to_input
-from aufast.train import F1Frame, OptimizerConfig, objectives, train
-from aufast.train.batches import au_columns
+from aufast.train import F1Frame, OptimizerConfig, objectives, recipe, train
+from aufast.train.batches import Batches, au_columns, make_loader
 from aufast.train.evaluate import score
 from aufast.train.loop import Trainer
 from aufast.train.processes import Processes
 from aufast.train.run import Log
+from tests.memory import own_memory
 from tests.train.runs import AUS, MAKERS, metrics
 
 GENTLE = OptimizerConfig(lr=0.001, nesterov=True)
@@ -34,34 +36,65 @@ def in_float64(monkeypatch):
     monkeypatch.setattr(objectives, "au_centers", lambda points, *a: au_centers(points.double(), *a))
 
 
+def losses(packed, out, variant, **options) -> torch.Tensor:
+    """The loss of each step of a small run, float64."""
+    system, batch = ("aar", 2) if variant == "aar" else ("margl", 12)
+    stage = {"epochs": 7, "batch": batch, "optimizer": options.pop("optimizer", GENTLE)}
+    model = {"variant": variant} | ({"image_size": 64} if system == "margl" else {})
+    train(MAKERS[system](packed, model=model, stage=stage, save_every=0, **options), out)
+    return torch.tensor([line["loss"] for line in metrics(out)], dtype=torch.float64)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("variant", "dtype"), [("roi", "float32"), ("aar", "float32"), ("margl", "float64"), ("aar", "float64")]
+    ("variant", "dtype", "optimizer"),
+    [
+        ("roi", "float32", GENTLE),
+        ("aar", "float32", GENTLE),
+        ("margl", "float64", recipe("margl-bp4d").regions.optimizer),
+        ("aar", "float64", recipe("aar-bp4d").attention.optimizer),
+    ],
 )
-def test_fused_and_reference_operators_train_alike(packed, tmp_path, variant, dtype, monkeypatch):
+def test_fused_and_reference_operators_train_alike(packed, tmp_path, variant, dtype, optimizer, monkeypatch):
     """From one seed the losses of 50 steps differ by less than 1e-4; in float64 by less than 1e-9.
 
-    In float32 MARGL is here with fixed boxes. Where boxes are learned, the gradient of a bilinear sample
-    jumps as a box crosses a pixel, so that runs that differ in the last bit part there, with any two
-    implementations. In float64 the last bit is too small to decide on a side; the next test looks at every
-    step in float32.
+    float64 is at the recipes' own rates, with learned boxes. There no two float32 runs stay together, as the
+    next test shows; the one after it compares every step in float32.
     """
-    system, batch = ("aar", 2) if variant == "aar" else ("margl", 12)
     if dtype == "float64":
         in_float64(monkeypatch)
-    stage = {"epochs": 7, "batch": batch, "optimizer": GENTLE}
-    model = {"variant": variant} | ({"image_size": 64} if system == "margl" else {})
-    for backend in ("cpu", "reference"):
-        config = MAKERS[system](packed, model=model, stage=stage, backend=backend, save_every=0)
-        train(config, tmp_path / backend)
     fused, reference = (
-        torch.tensor([line["loss"] for line in metrics(tmp_path / backend)], dtype=torch.float64)
+        losses(packed, tmp_path / backend, variant, optimizer=optimizer, backend=backend)
         for backend in ("cpu", "reference")
     )
     assert len(fused) >= 50
     difference = (fused - reference).abs()[:50].max()
     assert 0 < difference < (1e-9 if dtype == "float64" else 1e-4), "close, and yet two implementations"
     assert fused[40:50].mean() < fused[:10].mean(), "and they learn"
+
+
+@pytest.mark.slow
+def test_the_last_bit_parts_two_runs_of_the_reference(packed, tmp_path, monkeypatch):
+    """Why float32 curves at a recipe's rates cannot be compared over 50 steps, by any implementation.
+
+    Weights that are larger by 2^-23 from the start give another curve, in float64 arithmetic and with one
+    and the same backend.
+    """
+    in_float64(monkeypatch)
+    rates = {"optimizer": recipe("margl-bp4d").regions.optimizer, "backend": "reference"}
+    before = losses(packed, tmp_path / "before", "margl", **rates)
+    make_model = Trainer._make_model
+
+    def nudged(self):
+        model = make_model(self)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1 + 2**-23)
+        return model
+
+    monkeypatch.setattr(Trainer, "_make_model", nudged)
+    distance = (losses(packed, tmp_path / "after", "margl", **rates) - before).abs()
+    assert distance[0] < 1e-6 and distance[:50].max() > 1e-4
 
 
 @pytest.mark.slow
@@ -87,18 +120,10 @@ def test_gradients_agree_at_every_step_of_margls_training(packed, tmp_path, monk
     assert len(distances) > 50 * 40 and max(distances) < 1e-4
 
 
-def anonymous() -> float:
-    """MiB of this process that are its own; mapped pixels are the system's."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        pytest.skip("reads /proc/self/status")
-    return int(re.findall(r"RssAnon:\s+(\d+) kB", status.read_text())[0]) / 1024
-
-
 @pytest.mark.slow
 def test_memory_stays_flat_over_ten_thousand_frames_of_training(packed, tmp_path, monkeypatch):
     sizes = {}
-    monkeypatch.setattr(Log, "write", lambda self, step, values: sizes.update({step: anonymous()}))
+    monkeypatch.setattr(Log, "write", lambda self, step, values: sizes.update({step: own_memory()}))
     assert train(MAKERS["margl"](packed, epochs=105, batch=96, save_every=0), tmp_path / "run")
     assert max(sizes) * 96 >= 10_000
     assert sizes[105] < sizes[26] + 16
@@ -110,7 +135,7 @@ def test_memory_stays_flat_over_ten_thousand_frames_of_testing(packed, monkeypat
     inner = F1Frame.update
 
     def update(self, *arguments):
-        sizes.append(anonymous())
+        sizes.append(own_memory())
         return inner(self, *arguments)
 
     monkeypatch.setattr(F1Frame, "update", update)
@@ -119,6 +144,23 @@ def test_memory_stays_flat_over_ten_thousand_frames_of_testing(packed, monkeypat
     )
     assert len(sizes) * 24 >= 10_000 and min(metric.compute().frames) > 5000
     assert sizes[-1] < sizes[len(sizes) // 4] + 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [FrameDataset, ClipDataset])
+def test_memory_of_a_loader_stays_flat_over_ten_thousand_frames(packed, kind):
+    videos = PackedDataset(packed).videos
+    cropping, each = Cropping(32, 36, 40), 1 if kind is FrameDataset else 6
+    options = {} if kind is FrameDataset else {"length": 6}
+    dataset = kind(videos * 72, cropping, train=True, **options)
+    batches = Batches(len(dataset), 24 // each, 1, 0, 1, 0)
+    sizes = []
+    for _ in make_loader(dataset, batches, 1, torch.device("cpu")):
+        (worker,) = multiprocessing.active_children()
+        sizes.append((own_memory(), own_memory(worker.pid)))
+    assert len(sizes) * 24 >= 10_000
+    for before, after in zip(sizes[len(sizes) // 4], sizes[-1], strict=True):
+        assert after < before + 16
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from aufast.train import checkpoint, loop
+from aufast.train import checkpoint, evaluate_runs, loop
 from aufast.train.checkpoint import load_checkpoint
 from aufast.train.loop import Trainer, train
 from tests.train.runs import MAKERS, outcome
@@ -98,6 +98,9 @@ def test_best_moves_though_the_kill_came_after_last_had_moved(packed, tmp_path, 
         train(config, run)
     assert (run / "best").resolve() != (run / "last").resolve()
     monkeypatch.undo()
+    tested = evaluate_runs([run])
+    assert tested.text() == evaluate_runs([run], link="last").text(), "known before the move"
+    assert (run / "best").resolve() != (run / "last").resolve(), "and nothing was written"
     assert train(config, run, resume=True)
     (kept,) = (run / "checkpoints").iterdir()
     assert kept == (run / "best").resolve() == (run / "last").resolve()

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from aufast.models import create_model
+from aufast.models import create_model, load_model
 from aufast.train import train
 from aufast.train.transfer import start_from
 from tests.models.examples import inputs, randomize, small
@@ -99,9 +99,13 @@ def test_weights_that_do_not_fit_are_refused(source, shared, message):
 def test_a_run_starts_from_them_and_says_which(packed, tmp_path, capsys):
     config = MAKERS["aar"](packed, epochs=1, initial=str(tmp_path / "bp4d"), initial_aus="shared")
     sizes = asdict(config.model)
-    create_model(sizes.pop("variant"), **{**sizes, "aus": (10, 9)}).save_pretrained(tmp_path / "bp4d")
+    initial = create_model(sizes.pop("variant"), **{**sizes, "aus": (10, 9)})
+    initial.trained_on = ("gft",)
+    initial.save_pretrained(tmp_path / "bp4d")
     assert train(config, tmp_path / "run")
     assert "all that belongs to no AU, and AU 10\nfresh: AU 12, 6" in capsys.readouterr().err
+    assert train(config, tmp_path / "run", resume=True)
+    assert load_model(tmp_path / "run" / "best").trained_on == ("gft", "SYNTHETIC bp4d")
     refused = MAKERS["aar"](packed, epochs=1, initial=str(tmp_path / "bp4d"))
     with pytest.raises(
         ValueError, match=r"initial weights are for AUs \(10, 9\), the model is for \(12, 6, 10\)"

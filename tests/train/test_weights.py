@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,9 @@ import torch
 
 from aufast.aus import AU_SETS, OCCURRENCE_RATES
 from aufast.train import AARWeights, class_weights, occurrence_rates
+from aufast.train.loop import Trainer
+from aufast.train.processes import Processes
+from tests.train.runs import MAKERS
 
 AUS = (1, 2, 4)
 
@@ -108,3 +112,26 @@ RATES = torch.tensor([0.5, 0.25, 0.125])
 def test_bad_input_is_named(error, message, call):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_weights_and_relations_see_the_training_part_alone(packed, tmp_path):
+    """A label of the test part changes nothing; one of the training part does."""
+    alone = Processes(0, 1, torch.device("cpu"))
+
+    def learned(root):
+        trainer = Trainer(MAKERS["margl"](root), tmp_path / "run", alone)
+        return trainer.split, trainer.weights, trainer.model.adjacency
+
+    split, weights, relations = learned(packed)
+    for side, videos in (("test", split.test), ("train", split.train)):
+        root = tmp_path / side
+        shutil.copytree(packed, root)
+        for video in videos:
+            path = root / "videos" / video.name / "labels.npy"
+            labels = np.load(path)
+            labels[:, split.columns] = 0
+            labels[: len(labels) // 2, split.columns[0]] = 1
+            labels[len(labels) // 2 :, split.columns[1:]] = 1
+            np.save(path, labels)
+        _, now, related = learned(root)
+        assert torch.equal(now, weights) == torch.equal(related, relations) == (side == "test")
