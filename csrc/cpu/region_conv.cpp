@@ -131,7 +131,7 @@ class BackwardItem {
         plane_(AUFAST_PICK(plane_size<T>)(g)),
         planes_(g.in * plane_),
         grad_buffer_(g.out * plane_ + 2 * kLine),
-        grad_(on_lines(grad_buffer_.data(), g.columns + 3)),
+        grad_(on_lines(grad_buffer_.data(), AUFAST_PICK(first_pixel)(g))),
         result_(block_ * AUFAST_PICK(result_size<T>)(g)),
         zero_bias_(block_),
         filter_sum_(AUFAST_PICK(filter_sum_size<T>)(g.out, g.in)) {}
