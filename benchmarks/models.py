@@ -145,7 +145,8 @@ def stage1(model: AAR) -> Work:
     frames = pictures("aar", 4)[0].flatten(0, 1)
     labels, targets = torch.ones(4, 12), torch.full((4, 12, 44, 44), 0.1)
     weights = AARWeights.uniform(12)
-    optimizer = torch.optim.SGD(model.frame.parameters(), 0.006, 0.9, nesterov=True, weight_decay=5e-4)
+    options = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "fused": True}
+    optimizer = torch.optim.SGD(model.frame.parameters(), 0.006, **options)
 
     def step() -> Tensor:
         _, attention, logits = model.frame(frames)
@@ -157,7 +158,8 @@ def stage1(model: AAR) -> Work:
 def stage2(model: AAR) -> Work:
     features = torch.randn(8, 48, 12, 96, generator=torch.Generator().manual_seed(1))
     labels, weights = torch.ones(8, 48, 12), AARWeights.uniform(12)
-    optimizer = torch.optim.Adam([*model.graph.parameters(), *model.head.parameters()], 0.006)
+    parameters = [*model.graph.parameters(), *model.head.parameters()]
+    optimizer = torch.optim.Adam(parameters, 0.006, fused=True)
 
     def step() -> Tensor:
         return occurrence_loss(model.head(model._through_time(features, None, None)[0]), labels, weights)
@@ -168,7 +170,7 @@ def stage2(model: AAR) -> Work:
 def margl_step(model: MARGL) -> Work:
     inputs = pictures("margl", 8)
     labels, weights = torch.ones(8, 12), torch.ones(12)
-    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, fused=True)
 
     def step() -> Tensor:
         found = model(*inputs)

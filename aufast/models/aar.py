@@ -157,6 +157,11 @@ class TapSums(torch.autograd.Function):
 
         return spread(spread(grad, 2), 1)
 
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        """Forward mode: sums are linear."""
+        return TapSums.forward(tangent)
+
 
 def pooled_conv(x: Tensor, conv: nn.Conv2d | OneConv) -> Tensor:
     """Global average of a zero-padded 3×3 convolution, without the convolution.

@@ -31,6 +31,26 @@ struct View {
   int64_t channel, row, pixel;
 };
 
+// The rows of a patch that is wanted next: fetched into the second cache while another is convolved, since
+// from memory they would be waited for. Sizes in bytes; none of it by default.
+struct Ahead {
+  const char* patch = nullptr;
+  int64_t plane = 0, step = 0, size = 0;  // from plane to plane and row to row, and of a row
+  int64_t rows = 1, count = 0;            // rows of a plane and of all planes
+  int64_t share = 0, row = 0;             // rows that a block of positions fetches; the first one to fetch
+};
+
+// The functions of a level that make up the forward pass, on cells of `channels` input channels each.
+template <class T>
+struct ForwardKernels {
+  using A = accumulator<T>;
+  int64_t channels;
+  void (*load)(const T*, const View&, int64_t, const Grid&, const T*, const T*, A*);
+  void (*pack)(const T*, int64_t, int64_t, A*);
+  void (*convolve)(const A*, const Grid&, int64_t, const A*, const A*, A*, Ahead&);
+  void (*store)(const A*, const View&, int64_t, const Grid&, T*);
+};
+
 }  // namespace
 
 #define AUFAST_KERNELS "region_conv.inc"
@@ -41,6 +61,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+constexpr int64_t kSlack = 16;        // elements behind a result: a row's last vector is read whole
 constexpr int64_t kEnoughItems = 16;  // below, the backward also splits the images of a patch
 constexpr int kWantX = 1, kWantWeight = 2, kWantBias = 4, kWantScale = 8, kWantShift = 16;
 
@@ -62,42 +83,55 @@ struct Operands {
 };
 
 template <class T>
-std::vector<accumulator<T>> packed_filters(const Grid& g, const T* weight, bool turned) {
-  const int64_t block = AUFAST_PICK(filters_per_block)(), filters = turned ? g.in : g.out,
-                depth = turned ? g.out : g.in;
-  std::vector<accumulator<T>> packed((filters + block - 1) / block * block * depth * 9);
-  AUFAST_PICK(pack_filters<T>)(weight, g.out, g.in, turned, packed.data());
-  return packed;
-}
-
-template <class T>
 accumulator<T> widen(T value) {
   return AUFAST_PICK(element<T>)(&value);
+}
+
+// The patch that begins at `patch`, fetched in `blocks` shares.
+template <class T>
+Ahead ahead(const T* patch, const View& view, const Grid& g, int64_t blocks) {
+  constexpr int64_t bytes = sizeof(T);
+  Ahead next{reinterpret_cast<const char*>(patch),
+             view.channel * bytes,
+             view.row * bytes,
+             g.columns * bytes,
+             g.rows,
+             g.rows * g.in};
+  if (g.channels_last) next.size *= g.in, next.count = g.rows;
+  next.share = (next.count + blocks - 1) / blocks;
+  return next;
 }
 
 template <class T>
 void forward(const Operands<T>& a, T* out, const Grid& g) {
   using A = accumulator<T>;
   const View from = view_of(g, g.in), to = view_of(g, g.out);
-  const int64_t block = AUFAST_PICK(filters_per_block)();
+  const ForwardKernels<T> run = AUFAST_PICK(forward_kernels<T>)();
+  const int64_t block = AUFAST_PICK(filters_per_block)(), depth = (g.in + run.channels - 1) / run.channels;
   const int64_t plane = AUFAST_PICK(plane_size<T>)(g), flat = AUFAST_PICK(result_size<T>)(g);
-  const auto load = AUFAST_PICK(load_patch<T>);
-  const auto convolve = AUFAST_PICK(convolve<T>);
-  const auto store = AUFAST_PICK(store_patch<T>);
+  const int64_t blocks = (g.out + block - 1) / block;
   torch::stable::parallel_for(0, g.patches * g.patches * g.batch, 1, [&](int64_t begin, int64_t end) {
-    std::vector<A> planes(g.in * plane), packed, result(block * flat), bias(block);
+    std::vector<A> planes(depth * plane), packed(blocks * block * depth * 9), result(block * flat + kSlack),
+        bias(block);
     int64_t packed_for = -1;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t index = item / g.batch, b = item % g.batch;
-      if (index != packed_for) packed = packed_filters(g, a.weight + index * g.out * g.in * 9, false);
+      if (index != packed_for) run.pack(a.weight + index * g.out * g.in * 9, g.out, g.in, packed.data());
       packed_for = index;
-      load(a.x + origin(g, from, g.in, b, index), from, g.in, g, a.scale ? a.scale + index * g.in : nullptr,
-           a.shift ? a.shift + index * g.in : nullptr, planes.data());
+      run.load(a.x + origin(g, from, g.in, b, index), from, g.in, g,
+               a.scale ? a.scale + index * g.in : nullptr, a.shift ? a.shift + index * g.in : nullptr,
+               planes.data());
+      Ahead next;
+      if (item + 1 < end) {
+        const T* patch = a.x + origin(g, from, g.in, (item + 1) % g.batch, (item + 1) / g.batch);
+        next = ahead(patch, from, g, blocks * AUFAST_PICK(position_blocks<T>)(g));
+      }
       for (int64_t first = 0; first < g.out; first += block) {
         const int64_t filters = std::min(block, g.out - first);
         for (int64_t f = 0; a.bias && f < filters; ++f) bias[f] = widen(a.bias[index * g.out + first + f]);
-        convolve(planes.data(), g, g.in, packed.data() + first * g.in * 9, bias.data(), result.data());
-        store(result.data(), to, filters, g, out + origin(g, to, g.out, b, index) + first * to.channel);
+        run.convolve(planes.data(), g, depth, packed.data() + first * depth * 9, bias.data(), result.data(),
+                     next);
+        run.store(result.data(), to, filters, g, out + origin(g, to, g.out, b, index) + first * to.channel);
       }
     }
   });
@@ -131,10 +165,11 @@ class BackwardItem {
         plane_(AUFAST_PICK(plane_size<T>)(g)),
         planes_(g.in * plane_),
         grad_buffer_(g.out * plane_ + 2 * kLine),
-        grad_(on_lines(grad_buffer_.data(), g.columns + 3)),
-        result_(block_ * AUFAST_PICK(result_size<T>)(g)),
+        grad_(on_lines(grad_buffer_.data(), AUFAST_PICK(first_pixel)(g))),
+        result_(block_ * AUFAST_PICK(result_size<T>)(g) + kSlack),
         zero_bias_(block_),
-        filter_sum_(AUFAST_PICK(filter_sum_size<T>)(g.out, g.in)) {}
+        filter_sum_(AUFAST_PICK(filter_sum_size<T>)(g.out, g.in)),
+        packed_((g.in + block_ - 1) / block_ * block_ * g.out * 9) {}
 
   // Images [begin, end); `sums` are zero before.
   void run(const T* grad, const Operands<T>& a, const Gradients<T>& to, int64_t index, int64_t begin,
@@ -144,7 +179,7 @@ class BackwardItem {
     const T* scale = a.scale ? a.scale + index * g_.in : nullptr;
     const T* shift = a.shift ? a.shift + index * g_.in : nullptr;
     const bool through_filters = to.x || to.scale || to.shift;
-    if (through_filters) packed_ = packed_filters(g_, weight, true);
+    if (through_filters) AUFAST_PICK(pack_filters<T>)(weight, g_.out, g_.in, true, packed_.data());
     std::fill(filter_sum_.begin(), filter_sum_.end(), A(0));
     for (int64_t b = begin; b < end; ++b) {
       const int64_t patch = origin(g_, from, g_.in, b, index);
@@ -168,9 +203,10 @@ class BackwardItem {
   }
 
   void add_inputs(const T* x, const View& view, const T* scale, double* sums, T* to) {
+    Ahead none;
     for (int64_t first = 0; first < g_.in; first += block_) {
       AUFAST_PICK(convolve<T>)
-      (grad_, g_, g_.out, packed_.data() + first * g_.out * 9, zero_bias_.data(), result_.data());
+      (grad_, g_, g_.out, packed_.data() + first * g_.out * 9, zero_bias_.data(), result_.data(), none);
       AUFAST_PICK(finish_patch<T>)
       (result_.data(), planes_.data() + first * plane_, x + first * view.channel, view, g_,
        std::min(block_, g_.in - first), scale ? scale + first : nullptr, g_.in, sums + first,

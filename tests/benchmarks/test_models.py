@@ -54,8 +54,10 @@ def record():
 
 def test_the_picture_is_drawn_from_a_record(tmp_path):
     assert picture.parts(record(), "aar") == {"stem": [1] * 3, "branches": [2] * 3, "relations": [3] * 3}
-    picture.draw(record(), tmp_path / "parts.png")
+    picture.draw([record()], tmp_path / "parts.png")
     assert (tmp_path / "parts.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="the records hold no run of aar or margl"):
+        picture.draw([{**record(), "results": []}], tmp_path / "none.png")
 
 
 def test_a_missing_part_is_named():

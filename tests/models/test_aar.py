@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from aufast import reference
 from aufast.models import load_model
@@ -263,6 +267,36 @@ def test_gradient_checkpointing_changes_memory_alone():
     assert little < much / 2
 
 
+TRAIN_A_CLIP = """
+import resource, torch
+from aufast.models import create_model
+found = create_model("aar")(torch.randn(1, 48, 3, 176, 176))
+(found.logits.sum() + found.frame_logits.sum() + found.attention.sum()).backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts KiB on Linux alone")
+def test_a_clip_of_48_frames_trains_within_24_gb_without_checkpointing():
+    run = subprocess.run([sys.executable, "-c", TRAIN_A_CLIP], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 24e9
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_forward_mode_goes_through_the_frame_network(training):
+    model = small("aar").double()
+    randomize(model)
+    model.train(training)
+    (clips, *_) = inputs(model, dtype=torch.float64)
+    direction, step = torch.randn_like(clips), 1e-7
+    with torch.no_grad():
+        ahead, behind = (model(clips + sign * step * direction).logits for sign in (1, -1))
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(model(forward_ad.make_dual(clips, direction)).logits).tangent
+    torch.testing.assert_close(found, (ahead - behind) / (2 * step), rtol=1e-4, atol=1e-6)
+
+
 def test_autocast_trains_near_float32():
     model = small("aar")
     batch = inputs(model)
@@ -288,7 +322,7 @@ def test_the_sums_that_taps_meet_have_derivatives_of_any_order():
         taps = TapSums.apply(pixels)  # (N, 3, 3, C)
         conv = torch.nn.functional.conv2d(pixels.permute(0, 3, 1, 2), ones, padding=1, groups=shape[3])
         torch.testing.assert_close(taps.sum((1, 2)), conv.sum((2, 3)))
-        assert torch.autograd.gradcheck(TapSums.apply, pixels)
+        assert torch.autograd.gradcheck(TapSums.apply, pixels, check_forward_ad=True)
         assert torch.autograd.gradgradcheck(TapSums.apply, pixels)
 
 

@@ -203,4 +203,12 @@ def test_patch_statistics_are_var_means_to_any_order():
         for f in (PatchStatistics.apply, plain)
     )
     torch.testing.assert_close(found, expected)
+    assert torch.autograd.gradcheck(PatchStatistics.apply, patches, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(PatchStatistics.apply, patches)
+
+
+def test_statistics_of_patches_keep_their_digits_far_from_zero():
+    patches = 1000 + torch.randn(2, 3, 2, 5, 2, 7)
+    exact = torch.var_mean(patches.double(), dim=(0, 3, 5), correction=0, keepdim=True)
+    for found, truth in zip(PatchStatistics.apply(patches), exact, strict=True):
+        torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=0)
