@@ -50,6 +50,13 @@ struct Offsets {
   const int64_t *x_lo, *x_hi, *y_lo, *y_hi;
 };
 
+// One region's points as pixels, on their way from or to planes; `channels` apart.
+template <class E>
+struct Staging {
+  E* pixels;
+  int64_t channels;
+};
+
 constexpr int kPlaneTile = 16;  // channels that are brought from planes to pixels together
 
 // Of one ROI: Σ over channels and points of d/dix · (x̂, ŷ, 1), then of d/diy · (x̂, ŷ, 1).
@@ -66,8 +73,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kEnoughItems = 16;         // below, the forward also splits the regions of an image
-constexpr int64_t kCachedBytes = 160 << 10;  // of an item's buffers, well inside the second cache
-constexpr int64_t kMostTiles = 4;  // of kPlaneTile or more channels in them, as crops are staged too
+constexpr int64_t kCachedBytes = 160 << 10;  // of an item's maps, well inside the second cache
+constexpr int64_t kStagedBytes = 12 << 10;   // of a region's points, well inside the first
 constexpr int64_t kLine = 64;      // bytes
 constexpr int kWantFeatures = 1, kWantRois = 2;
 
@@ -85,9 +92,7 @@ struct Cut {
   Cut(const Shape& s, int64_t least, int64_t bytes_per_channel) {
     const int64_t tiles = (s.channels + least - 1) / least,
                   most = std::max<int64_t>(1, s.batch * tiles / kEnoughItems),
-                  cached = bytes_per_channel
-                               ? std::min(kCachedBytes / (least * bytes_per_channel), kMostTiles)
-                               : most;
+                  cached = bytes_per_channel ? kCachedBytes / (least * bytes_per_channel) : most;
     range = least * std::min(tiles, std::clamp<int64_t>(cached, 1, most));
     ranges = (s.channels + range - 1) / range;
   }
@@ -125,17 +130,18 @@ class Worker {
         map_layout_{channels_last, channels_last ? s.channels : s.height * s.width},
         crop_layout_{channels_last, channels_last ? s.channels : s.out_height * s.out_width},
         in_place_(in_place),
-        step_(in_place ? s.channels : range) {}
+        step_(in_place ? s.channels : range),
+        staged_(staged_channels(s.out_height * s.out_width, range)) {}
 
   // Channels [first, last) of the regions [begin, end) of image b.
   void forward(int64_t b, int64_t begin, int64_t end, int64_t first, int64_t last, const T* features,
                T* out) {
     prepare(b, begin, end);
-    const int64_t channels = last - first, area = s_.out_height * s_.out_width;
+    const int64_t channels = last - first;
     features += map_offset(b, first);
     const Place<const T> map{features, in_place_ ? nothing_.reserve(step_) : nullptr};
     const Place<const A> buffer = in_place_ ? Place<const A>{} : read(features, channels);
-    A* staging = in_place_ ? nullptr : staging_.reserve(area * step_);
+    const Staging<A> staging = stage();
     for (int64_t n = begin; n < end; ++n) {
       T* to = out + crop_offset(b, n, first);
       const Taps<A> taps = geometry_[n - begin];
@@ -145,16 +151,17 @@ class Worker {
       } else if (in_place_) {
         AUFAST_PICK(crop_in_place<T>)(map, to, step_, channels, s_, taps, offsets);
       } else {
-        AUFAST_PICK(crop_to_planes<T>)(buffer, to, staging, step_, channels, s_, taps, offsets);
+        AUFAST_PICK(crop_to_planes<T>)(buffer, to, staging, channels, s_, taps, offsets);
       }
     }
   }
 
-  // Channels [first, last) of all regions of image b. The terms of region n go to terms + n * terms_stride.
+  // Channels [first, last) of all regions of image b. The terms of region n are added to terms + n *
+  // terms_stride.
   void backward(int64_t b, int64_t first, int64_t last, const T* grad, const T* features, T* grad_features,
                 double* terms, int64_t terms_stride) {
     prepare(b, 0, s_.rois);
-    const int64_t channels = last - first, area = s_.out_height * s_.out_width;
+    const int64_t channels = last - first;
     features += map_offset(b, first);
     if (grad_features) grad_features += map_offset(b, first);
     Place<const A> map{};
@@ -177,14 +184,11 @@ class Worker {
         sum = {pixels, pixels + size};
       }
     }
-    A* staging = in_place_ ? nullptr : staging_.reserve(area * step_);
+    const Staging<A> staging = stage();
     for (int64_t n = 0; n < s_.rois; ++n) {
       double* result = terms ? terms + n * terms_stride : nullptr;
       const Taps<A> taps = geometry_[n];
-      if (!taps.finite) {
-        if (result) std::fill_n(result, kTerms, 0.0);
-        continue;
-      }
+      if (!taps.finite) continue;
       const T* from = grad + crop_offset(b, n, first);
       const Offsets offsets = offsets_of(n, taps);
       if constexpr (std::is_same_v<T, A>) {
@@ -196,7 +200,7 @@ class Worker {
       }
       const T* next = n + 1 < s_.rois ? grad + crop_offset(b, n + 1, first) : from;
       AUFAST_PICK(crop_backward<T>)
-      (from, next, crop_layout_, channels, staging, step_, map, sum, result, s_, taps, offsets);
+      (from, next, crop_layout_, channels, staging, map, sum, result, s_, taps, offsets);
     }
     if (grad_features && !in_place_) {
       AUFAST_PICK(write_map<T>)
@@ -205,6 +209,15 @@ class Worker {
   }
 
  private:
+  static int64_t staged_channels(int64_t area, int64_t range) {
+    const int64_t tiles = kStagedBytes / (area * kPlaneTile * static_cast<int64_t>(sizeof(A)));
+    return std::min(range, kPlaneTile * std::max<int64_t>(1, tiles));
+  }
+  Staging<A> stage() {
+    if (in_place_) return {};
+    return {staging_.reserve(s_.out_height * s_.out_width * staged_), staged_};
+  }
+
   int64_t map_offset(int64_t b, int64_t c) const {
     return b * s_.channels * s_.height * s_.width + c * (map_layout_.channels_last ? 1 : map_layout_.stride);
   }
@@ -292,7 +305,8 @@ class Worker {
   Geometry<A> geometry_;
   Layout map_layout_, crop_layout_;
   bool in_place_;
-  int64_t step_;  // elements from pixel to pixel of the map that is sampled
+  int64_t step_;    // elements from pixel to pixel of the map that is sampled
+  int64_t staged_;  // channels of a region that are staged together
   int64_t image_ = -1, begin_ = -1;
   Window window_{};
   std::vector<int64_t> offsets_;
@@ -308,7 +322,7 @@ int64_t least_range(const Shape& s, bool channels_last) {
 // T is the storage type; uint16_t stands for bfloat16.
 template <class T, class R>
 void forward(const T* features, const R* rois, T* out, const Shape& s, bool channels_last) {
-  const int64_t area = s.out_height * s.out_width, pixels = std::max(s.height * s.width, area),
+  const int64_t area = s.out_height * s.out_width, pixels = s.height * s.width,
                 element = sizeof(accumulator<T>);
   const Cut cut = channels_last ? Cut::whole(s) : Cut(s, kPlaneTile, pixels * element);
   const int64_t groups = std::clamp<int64_t>(kEnoughItems / (s.batch * cut.ranges), 1, s.rois);
@@ -341,7 +355,7 @@ void backward(const T* grad, const T* features, const R* rois, T* grad_features,
               bool channels_last) {
   // Gradients are summed in place only where their own type holds the sums.
   const bool in_place = channels_last && std::is_same_v<T, accumulator<T>>;
-  const int64_t area = s.out_height * s.out_width, pixels = std::max(s.height * s.width, area),
+  const int64_t area = s.out_height * s.out_width, pixels = s.height * s.width,
                 element = sizeof(accumulator<T>);
   const Cut cut(s, least_range(s, channels_last), in_place ? 0 : 2 * pixels * element);
   std::vector<double> terms(grad_rois ? s.batch * s.rois * cut.ranges * kTerms : 0);

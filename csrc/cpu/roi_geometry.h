@@ -11,15 +11,15 @@ namespace {
 
 using Shape = CropShape;
 
-// The taps of one ROI. Indices are map pixels, -1 or the map's size where outside. Separable: one entry per
-// output column and per output row, else one per output point in both. Normalised coordinates are
+// The taps of one ROI. Indices are map pixels, -1 or the map's size where outside. Of a box one entry per
+// output column and per output row, of a matrix one per output point in both. Normalised coordinates are
 // affine_grid's, per column and row.
 template <class A>
 struct Taps {
   const int32_t *x_lo, *x_hi, *y_lo, *y_hi;
   const A *x_weight_lo, *x_weight_hi, *y_weight_lo, *y_weight_hi, *normal_x, *normal_y;
   int64_t columns, rows;  // entries
-  bool finite, separable;
+  bool finite;
 };
 
 // The taps of some ROIs of one image.
@@ -45,7 +45,6 @@ class Geometry {
     index_.resize(count * entries());
     weight_.resize(count * entries());
     finite_.resize(count);
-    separable_.resize(count);
     for (int64_t n = 0; n < count; ++n) place(n, read_region<A>(rois + n * shape_.roi_size(), shape_));
   }
 
@@ -65,17 +64,15 @@ class Geometry {
             weight + 2 * columns_ + rows_,
             normal_.data(),
             normal_.data() + shape_.out_width,
-            separable_[n] ? shape_.out_width : columns_,
-            separable_[n] ? shape_.out_height : rows_,
-            finite_[n] != 0,
-            separable_[n] != 0};
+            columns_,
+            rows_,
+            finite_[n] != 0};
   }
 
  private:
   void place(int64_t n, const Region& r) {
     const Shape& s = shape_;
     finite_[n] = r.finite;
-    separable_[n] = r.xy == 0 && r.yx == 0;
     if (!r.finite) return;
     int32_t* index = index_.data() + n * entries();
     A* weight = weight_.data() + n * entries();
@@ -87,7 +84,7 @@ class Geometry {
       find_cell(y, s.height, index[lo], index[hi], weight[lo], weight[hi]);
     };
     const double by_x = divisor(s.out_width, s.align_corners), by_y = divisor(s.out_height, s.align_corners);
-    if (separable_[n]) {
+    if (s.boxes) {
       for (int64_t u = 0; u < s.out_width; ++u) column(u, r.xx * numerator(u, s.out_width) / by_x + r.x0);
       for (int64_t v = 0; v < s.out_height; ++v) row(v, r.yy * numerator(v, s.out_height) / by_y + r.y0);
       return;
@@ -105,7 +102,7 @@ class Geometry {
   int64_t columns_, rows_;
   std::vector<int32_t> index_;
   std::vector<A> weight_, normal_;
-  std::vector<uint8_t> finite_, separable_;
+  std::vector<uint8_t> finite_;
 };
 
 }  // namespace
