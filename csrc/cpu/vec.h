@@ -104,6 +104,46 @@ AUFAST_INLINE void store_bf16(uint16_t* p, vec<float> v) {
   *reinterpret_cast<vec_half_bits_unaligned*>(p) = to_bf16(v);
 }
 
+// Elements stored as T, uint16_t being bfloat16, and acc<T>, what is computed in.
+template <class T>
+struct AccOf {
+  typedef T type;
+};
+template <>
+struct AccOf<uint16_t> {
+  typedef float type;
+};
+template <class T>
+using acc = typename AccOf<T>::type;
+
+template <class T>
+AUFAST_INLINE vec<acc<T>> load_as(const T* p) {
+  if constexpr (sizeof(T) == 2) {
+    return load_bf16(p);
+  } else {
+    return load<T>(p);
+  }
+}
+template <class T>
+AUFAST_INLINE void store_as(T* p, vec<acc<T>> v) {
+  if constexpr (sizeof(T) == 2) {
+    store_bf16(p, v);
+  } else {
+    store<T>(p, v);
+  }
+}
+
+template <class T>
+AUFAST_INLINE T value_of(const T* p) {
+  return *p;
+}
+AUFAST_INLINE float value_of(const uint16_t* p) {
+  const uint32_t word = static_cast<uint32_t>(*p) << 16;
+  float value;
+  __builtin_memcpy(&value, &word, 4);
+  return value;
+}
+
 // Two rows as the pairs (a_i, b_i) that a bfloat16 dot product takes, a in the low half.
 #if AUFAST_BF16
 AUFAST_INLINE __m512i bf16_pairs(vec<float> a, vec<float> b) {
