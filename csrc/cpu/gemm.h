@@ -358,10 +358,9 @@ struct RowProducts {
 
 #if AUFAST_BF16
 // 32 bfloat16 values, or 16 and zeros.
-AUFAST_INLINE __m512bh load_pairs(const uint16_t* p, bool whole) {
-  return reinterpret_cast<__m512bh>(
-      whole ? _mm512_loadu_si512(p)
-            : _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+AUFAST_INLINE __m512i load_words(const uint16_t* p, bool whole) {
+  return whole ? _mm512_loadu_si512(p)
+               : _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 #endif
 
@@ -377,10 +376,11 @@ void dot_tile(const RowProducts<T, InA, InB>& p, int64_t i0, int64_t j0, int64_t
         const bool whole = n + 2 * lanes<T> <= end;
         __m512bh right[COLUMNS];
 #pragma GCC unroll 4
-        for (int j = 0; j < COLUMNS; ++j) right[j] = load_pairs(b + j * p.b_row + n, whole);
+        for (int j = 0; j < COLUMNS; ++j)
+          right[j] = reinterpret_cast<__m512bh>(load_words(b + j * p.b_row + n, whole));
 #pragma GCC unroll 4
         for (int i = 0; i < ROWS; ++i) {
-          const __m512bh left = load_pairs(a + i * p.a_row + n, whole);
+          const __m512bh left = reinterpret_cast<__m512bh>(load_words(a + i * p.a_row + n, whole));
 #pragma GCC unroll 4
           for (int j = 0; j < COLUMNS; ++j)
             sums[i][j] = reinterpret_cast<vec<T>>(

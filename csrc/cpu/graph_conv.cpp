@@ -110,7 +110,8 @@ Tensor forward_as(const Tensor& x, const Tensor& U, const OptionalTensor& Q, con
   c.out = door.template stored_out<Stored>(out, c.live_outputs);
   c.frame_block = c.frames <= kFewFrames ? c.frames : kForwardFrames;
   const int64_t group = std::min(kMostNodes, c.graph.nodes);
-  c.scratch_size = group * std::max(c.graph.order * c.frame_block * c.inputs, kPoolRows * c.outputs);
+  c.scratch_size =
+      group * std::max({c.graph.order * c.frame_block * c.inputs, kPoolRows * c.outputs, c.graph.embeddings});
   const bool pairs = sizeof(Stored) == 2 && aufast::isa() >= aufast::Isa::avx512_bf16;
   c.thetas.tiles = aufast::isa() == aufast::Isa::amx;
   if (pairs && c.thetas.tiles) c.scratch_size += c.frame_block * c.outputs;

@@ -252,8 +252,8 @@ std::tuple<Tensor, Tensor, Tensor> forward_as(const GruTensors& a, bool save) {
   if (save && low == nullptr) full = door.out(saved, saved_row);
   c.chunk = chunk_for(c.whole ? kWholeRows : kForwardRows, c.tile, c.steps);
   const int64_t group = std::min(kMostNodes, m);
-  c.scratch_size = group * std::max(c.graph.order * c.tile * std::max(c.chunk * c.inputs, c.channels),
-                                    kPoolRows * c.channels);
+  c.scratch_size = group * std::max({c.graph.order * c.tile * std::max(c.chunk * c.inputs, c.channels),
+                                     kPoolRows * c.channels, c.graph.embeddings});
   c.buffer_size = m * c.gate_node(c.tile) + c.tile * c.frame();
   door.workspace([&](Arena& arena) {
     plan_common(c, arena, false);

@@ -236,6 +236,100 @@ AUFAST_INLINE void theta_block(const Thetas<T>& t, Group group, const PoolBlock&
   });
 }
 
+#if AUFAST_BF16
+// Where the words of two rows of 32 sums, each in the order that unpacking leaves, go to become pairs of
+// rows.
+struct PairTurns {
+  uint16_t first[32], second[32];
+};
+constexpr PairTurns pair_turns() {
+  PairTurns turns{};
+  for (int column = 0; column < 16; ++column)
+    for (int row = 0; row < 2; ++row) {
+      const int lane = column / 8, place = column % 8 % 4, high = column % 8 / 4;
+      turns.first[2 * column + row] = static_cast<uint16_t>(32 * high + 16 * row + 4 * lane + place);
+      turns.second[2 * column + row] = static_cast<uint16_t>(32 * high + 16 * row + 4 * lane + 8 + place);
+    }
+  return turns;
+}
+
+// One block's Θ_i of NODES nodes from bfloat16 weights, straight to pairs. Two embeddings make a pair: Q
+// holds theirs, (nodes, q_row).
+template <int NODES>
+void theta_pairs(const Thetas<float>& t, int64_t node, const PoolBlock& b, const uint32_t* Q, int64_t q_row) {
+  static constexpr PairTurns kTurns = pair_turns();
+  const __m512i first = _mm512_loadu_si512(kTurns.first), second = _mm512_loadu_si512(kTurns.second);
+  const Pool<float>& pool = t.pool[b.pool];
+  const int64_t columns = t.columns, matrix = pool.rows * columns, begin = b.begin * columns;
+  uint32_t* to = t.pairs + (node * t.block + pool.theta + begin) / 2;
+  for (int64_t r = 0; r < b.rows; r += 2, to += columns)
+    for (int64_t n = 0; n < columns; n += 32) {
+      const bool whole = n + 32 <= columns;
+      __m512 sums[NODES][2][2] = {};
+      const uint16_t* weights = pool.low + begin + r * columns + n;
+      for (int64_t e = 0; e < t.embeddings; e += 2, weights += 2 * matrix)
+#pragma GCC unroll 2
+        for (int row = 0; row < 2; ++row) {
+          const uint16_t* one = weights + row * columns;
+          const __m512i even = load_words(one, whole),
+                        odd = e + 1 < t.embeddings ? load_words(one + matrix, whole) : _mm512_setzero_si512();
+          const __m512bh low = reinterpret_cast<__m512bh>(_mm512_unpacklo_epi16(even, odd)),
+                         high = reinterpret_cast<__m512bh>(_mm512_unpackhi_epi16(even, odd));
+#pragma GCC unroll 6
+          for (int i = 0; i < NODES; ++i) {
+            const __m512bh q =
+                reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(Q[i * q_row + e / 2])));
+            sums[i][row][0] = _mm512_dpbf16_ps(sums[i][row][0], low, q);
+            sums[i][row][1] = _mm512_dpbf16_ps(sums[i][row][1], high, q);
+          }
+        }
+#pragma GCC unroll 6
+      for (int i = 0; i < NODES; ++i) {
+        const __m512i low = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(sums[i][1][0], sums[i][0][0])),
+                      high = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(sums[i][1][1], sums[i][0][1]));
+        uint32_t* pairs = to + i * t.block / 2 + n;
+        _mm512_storeu_si512(pairs, _mm512_permutex2var_epi16(low, first, high));
+        if (whole) _mm512_storeu_si512(pairs + 16, _mm512_permutex2var_epi16(low, second, high));
+      }
+    }
+}
+
+// The same for a group of nodes; room for Q's pairs in scratch.
+inline void theta_pairs(const Thetas<float>& t, Group group, const PoolBlock& b, float* scratch) {
+  uint32_t* Q = reinterpret_cast<uint32_t*>(scratch);
+  const int64_t ce = t.embeddings, q_row = (ce + 1) / 2;
+  for (int64_t i = 0; i < group.size; ++i)
+    for (int64_t e = 0; e < ce; e += 2) {
+      const float* q = t.Q + (group.begin + i) * ce + e;
+      Q[i * q_row + e / 2] = upper_half(q[0]) >> 16 | (e + 1 < ce ? upper_half(q[1]) : 0);
+    }
+  for (int64_t i = 0; i < group.size;) {
+    const int64_t node = group.begin + i, left = group.size - i;
+    const uint32_t* own = Q + i * q_row;
+    switch (left == 7 || left == 8 ? 4 : left) {
+      case 1:
+        theta_pairs<1>(t, node, b, own, q_row), i += 1;
+        break;
+      case 2:
+        theta_pairs<2>(t, node, b, own, q_row), i += 2;
+        break;
+      case 3:
+        theta_pairs<3>(t, node, b, own, q_row), i += 3;
+        break;
+      case 4:
+        theta_pairs<4>(t, node, b, own, q_row), i += 4;
+        break;
+      case 5:
+        theta_pairs<5>(t, node, b, own, q_row), i += 5;
+        break;
+      default:
+        theta_pairs<6>(t, node, b, own, q_row), i += 6;
+        break;
+    }
+  }
+}
+#endif  // AUFAST_BF16
+
 // Θ_i = Σ_e Q_ie W_e, node groups outermost so that a node's matrices are made by the thread that will use
 // them.
 template <class T, class Team>
@@ -250,6 +344,7 @@ void make_thetas(const Thetas<T>& t, Team& team, int64_t members, T* scratch, co
       return theta_block<T>(t, group, b, t.theta + group.begin * t.block + offset, t.block, zeros);
 #if AUFAST_BF16
     if constexpr (sizeof(T) == 4) {
+      if (t.pool[b.pool].low != nullptr) return theta_pairs(t, group, b, scratch);
       theta_block<T>(t, group, b, scratch, b.rows * columns, zeros);
       for (int64_t i = 0; i < group.size; ++i)
         for (int64_t r = 0; r < b.rows; r += 2) {
