@@ -42,6 +42,7 @@ struct GruCall {
   bool by_sequences, whole;  // whole: frames are mixed whole (graph_gru_whole.inc)
   int64_t tile;              // sequences that run together
   const T *x, *h0;
+  const uint16_t* low_x;  // in place of x
   const int64_t* lengths;
   T *out, *h_last;
   // What the backward will need, null where nobody asks for it: z, r, h̃ (batch, steps, m, 3 channels); of a
@@ -123,9 +124,11 @@ GruCall<T> describe(Door<T>& door, const GruTensors& a, int64_t few_sequences) {
   const int64_t order = a.softmax ? a[kWz].size(1) : 1;
   c.members = static_cast<int>(std::min<int64_t>(torch::stable::get_num_threads(), std::max<int64_t>(m, 1)));
   c.batch = x.size(0), c.steps = x.size(1);
+  c.whole = m >= kManyNodes;
   c.live_inputs = cin, c.inputs = padded<T>(cin);
   c.live_channels = n, c.channels = padded<T>(n);
-  c.x = door.in(x, cin);
+  c.low_x = c.whole ? nullptr : door.low(x, cin);
+  c.x = c.low_x == nullptr ? door.in(x, cin) : nullptr;
   c.h0 = door.in(a.input[kH0], n);
   c.lengths = door.integers(a.lengths);
   c.graph = {m, ce, order, a.softmax, padded<T>(m), door.plain(a[kU])};
@@ -134,11 +137,12 @@ GruCall<T> describe(Door<T>& door, const GruTensors& a, int64_t few_sequences) {
   t.pools = a.input[kBz].has_value() ? 6 : 3;
   for (int k = 0; k < t.pools; ++k) {
     const int64_t rows = k < 3 ? order * (n + cin) : 1;
-    t.pool[k] = {door.in(a[k < 3 ? kWz + k : kBz + k - 3], n), nullptr, rows, t.block};
+    const Tensor& weights = a[k < 3 ? kWz + k : kBz + k - 3];
+    t.pool[k] =
+        c.whole ? Pool<T>{door.in(weights, n), nullptr, rows, t.block} : door.pool(weights, n, rows, t.block);
     t.block += rows * t.columns;
   }
   const int64_t state_half = m * order * n * 3 * c.channels * static_cast<int64_t>(sizeof(T));
-  c.whole = m >= kManyNodes;
   c.by_sequences =
       !c.whole && (c.members == 1 || (c.batch >= few_sequences * c.members && state_half <= kCacheBytes));
   const int64_t rounds = (c.batch + c.members * kMostSequences - 1) / (c.members * kMostSequences);
@@ -298,7 +302,7 @@ std::vector<Tensor> backward_as(const Tensor& grad_out, const Tensor& grad_h_las
   for (int gate = 0; gate < 3; ++gate) {
     TransposedPool<T>& pool = c.transposed[gate];  // a whole graph's holds the state's rows alone
     pool = {c.thetas.pool[gate].weights, K, n, c.whole ? 0 : c.live_inputs, c.channels, n, 0, 0};
-    pool.theta = gate * pool.size(), pool.block = 3 * pool.size();
+    pool.theta = gate * pool.size(), pool.block = 3 * pool.size(), pool.low = c.thetas.pool[gate].low;
   }
   if (c.whole)
     size_whole_backward(c);

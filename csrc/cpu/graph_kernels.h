@@ -11,7 +11,7 @@ AUFAST_INLINE void convert_row(To* to, const From* from, int64_t n) {
 }
 template <class T>
 AUFAST_INLINE void zero_row(T* to, int64_t n) {
-  for (int64_t i = 0; i < n; i += lanes<T>) store<T>(to + i, vec<T>{});
+  for (int64_t i = 0; i < n; i += lanes<acc<T>>) store_as(to + i, vec<acc<T>>{});
 }
 
 // Whether products may take bfloat16 pairs: the level has them, and that is how tensors are stored.
