@@ -42,7 +42,8 @@ struct GruCall {
   bool by_sequences, whole;  // whole: frames are mixed whole (graph_gru_whole.inc)
   int64_t tile;              // sequences that run together
   const T *x, *h0;
-  const uint16_t* low_x;  // in place of x
+  const uint16_t *low_x, *low_out, *low_grad_out;  // in place of those in T, in bfloat16
+  uint16_t* low_grad_x;
   const int64_t* lengths;
   T *out, *h_last;
   // What the backward will need, null where nobody asks for it: z, r, h̃ (batch, steps, m, 3 channels); of a
@@ -219,7 +220,8 @@ void plan_small_backward(GruCall<T>& c, Arena& arena, bool pairs) {
     c.thetas.theta = arena.take<T>(thetas);
   c.gamma_h = arena.take<T>(rows * c.frame());
   c.gamma_r = arena.take<T>(rows * c.frame());
-  if (c.want_graph || c.grad_x != nullptr) c.gamma_x = arena.take<T>(rows * c.graph.nodes * c.inputs);
+  if (c.want_graph || c.grad_x != nullptr || c.low_grad_x != nullptr)
+    c.gamma_x = arena.take<T>(rows * c.graph.nodes * c.inputs);
 }
 
 template <class T>
@@ -277,7 +279,8 @@ template <class T>
 std::vector<Tensor> backward_as(const Tensor& grad_out, const Tensor& grad_h_last, const GruTensors& a,
                                 const Tensor& out, const Tensor& saved, int64_t needs) {
   Door<T> door({AUFAST_PICK(widen), AUFAST_PICK(narrow)});
-  GruCall<T> c = describe<T>(door, a, kFewSequences);
+  const bool pairs = backward_in_pairs(a[kX].scalar_type(), {a[kX].size(3), a.channels()});
+  GruCall<T> c = describe<T>(door, a, pairs ? kFewPairs : kFewSequences);
   const int64_t m = c.graph.nodes, n = c.live_channels, ce = c.graph.embeddings, K = c.graph.order;
   const int64_t last[kInputs] = {c.live_inputs, ce, 0, n, n, n, n, n, n, n};
   std::vector<Tensor> results;
@@ -286,10 +289,15 @@ std::vector<Tensor> backward_as(const Tensor& grad_out, const Tensor& grad_h_las
     const bool wanted = (needs >> k & 1) && a.input[k].has_value();
     results.push_back(wanted ? torch::stable::empty(a[k].sizes(), a[k].scalar_type())
                              : torch::stable::empty({0}, a[kX].scalar_type()));
-    if (wanted) room[k] = k == kQ ? door.out_plain(results[k]) : door.out(results[k], last[k]);
+    if (!wanted) continue;
+    if (k == kX && !c.whole) c.low_grad_x = door.low(results[k], last[k]);
+    if (k != kX || c.low_grad_x == nullptr)
+      room[k] = k == kQ ? door.out_plain(results[k]) : door.out(results[k], last[k]);
   }
-  c.grad_out = door.in(grad_out, n), c.grad_h_last = door.in(grad_h_last, n);
-  c.out = const_cast<T*>(door.in(out, n));
+  c.grad_h_last = door.in(grad_h_last, n);
+  if (!c.whole) c.low_out = door.low(out, n), c.low_grad_out = door.low(grad_out, n);
+  if (c.low_out == nullptr) c.out = const_cast<T*>(door.in(out, n));
+  if (c.low_grad_out == nullptr) c.grad_out = door.in(grad_out, n);
   uint16_t*& low = c.whole ? c.kept_low : c.saved_low;
   T*& full = c.whole ? c.kept : c.saved;
   const int64_t saved_row = c.whole ? c.kept_node() : n;
@@ -308,7 +316,6 @@ std::vector<Tensor> backward_as(const Tensor& grad_out, const Tensor& grad_h_las
     size_whole_backward(c);
   else
     size_small_backward(c);
-  const bool pairs = backward_in_pairs(a[kX].scalar_type(), {a[kX].size(3), a.channels()});
   door.workspace([&](Arena& arena) {
     plan_common(c, arena, true);
     if (c.whole)

@@ -63,20 +63,21 @@ AUFAST_INLINE void mix_support(const Graph<T>& g, int64_t s, Group group, const 
 
 // The transposed mix of a group over all supports and frames: to[g] = start[g] + Σ_s Σ_i S_s(i, g) from_s[i].
 // `start` is `to` itself or zero.
-template <class T>
-AUFAST_INLINE void mix_back(const Graph<T>& g, Group group, const T* from, int64_t from_segment,
+template <class T, class From>
+AUFAST_INLINE void mix_back(const Graph<T>& g, Group group, const From* from, int64_t from_segment,
                             int64_t frames, int64_t from_frame, int64_t channels, bool accumulate, T* to,
                             int64_t to_frame, const T* zeros) {
   const int64_t dense = g.softmax ? 1 : 0;  // the identity S_0 adds its rows as they are
   for (int64_t f = 0; f < frames && g.softmax; ++f)
     for (int64_t i = 0; i < group.size * channels; i += lanes<T>) {
-      const vec<T> same = load<T>(from + f * from_frame + group.begin * channels + i);
+      const vec<T> same = load_as(from + f * from_frame + group.begin * channels + i);
       store<T>(to + f * to_frame + i, accumulate ? load<T>(to + f * to_frame + i) + same : same);
     }
   const bool add = accumulate || g.softmax;
-  multiply<T>({group.size, channels, g.nodes, g.order - dense, g.supports + dense * g.matrix() + group.begin,
-               g.matrix(), 1, g.row, from + dense * from_segment, channels, from_segment, add ? to : zeros,
-               add ? channels : 0, to, channels, frames, from_frame, add ? to_frame : 0, to_frame});
+  multiply<T, From>({group.size, channels, g.nodes, g.order - dense,
+                     g.supports + dense * g.matrix() + group.begin, g.matrix(), 1, g.row,
+                     from + dense * from_segment, channels, from_segment, add ? to : zeros,
+                     add ? channels : 0, to, channels, frames, from_frame, add ? to_frame : 0, to_frame});
 }
 
 // The same without `accumulate`, to bfloat16: sums are rounded once, so the identity is a support like
