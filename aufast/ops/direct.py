@@ -1,21 +1,25 @@
-"""The short way of a call that was checked before and asks for no gradient.
+"""The short way of a call that was checked before.
 
-Checking a call and going through autograd take longer than a small kernel does. A call whose tensors have the
-shapes, dtypes and devices of one that passed, in eager mode and with nothing to differentiate, needs neither:
+Checking a call and going through the dispatcher's autograd take longer than a small kernel does. A call in
+eager mode whose tensors have the shapes, dtypes and devices of one that passed needs neither:
 
     call = signature(name, options, *tensors)
     if call is not None and call in passed:
-        return operator.redispatch(KERNEL, *arguments)
+        return run(name, call, *arguments)
     ...  # checks, the choice of a backend
     remember(call, chosen)
+
+Where gradients are wanted the short way records them itself, by the formula that the dispatcher would use.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
 from aufast.ops import backends
@@ -24,6 +28,22 @@ _MOST = 4096  # signatures kept; a program with more varied shapes starts anew
 passed: set[tuple[Any, ...]] = set()
 _PLAIN = (Tensor, torch.nn.Parameter)
 KERNEL = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+_kernels: dict[str, Callable[..., Any]] = {}
+_recording: dict[str, Callable[..., Any]] = {}
+
+
+def usual() -> bool:
+    """Whether nothing stands between a call and its kernel: no tracing, transform, autocast or mode."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or backends._explaining
+    )
 
 
 def signature(name: str, options: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Any, ...] | None:
@@ -34,27 +54,62 @@ def signature(name: str, options: tuple[Any, ...], *tensors: Tensor | None) -> t
         options: the other arguments, hashable.
         tensors: None for one that is left out.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or backends._explaining
-    ):
+    if not usual():
         return None
     recording = torch.is_grad_enabled()
+    wanted = False
     parts: list[Any] = [name, options, backends._selected]
     for tensor in tensors:
         if tensor is None:
             parts.append(None)
-        elif type(tensor) not in _PLAIN or (recording and tensor.requires_grad):
+        elif type(tensor) not in _PLAIN:
             return None
         else:
             parts += (tensor.shape, tensor.dtype, tensor.device)
+            wanted = wanted or (recording and tensor.requires_grad)
+    parts.append(wanted)  # last: `run` reads it
     return tuple(parts)
+
+
+def _plain(gradient: Tensor | None) -> bool:
+    """Whether a gradient is one tensor and not a batch of them, as `is_grads_batched` makes."""
+    if gradient is None:
+        return True
+    return type(gradient) is Tensor and torch._C._dispatch_keys(gradient).has(torch._C.DispatchKey.CPU)
+
+
+def run(name: str, call: tuple[Any, ...], *arguments: Any) -> Any:
+    """Make a call whose signature passed, with the operator's arguments."""
+    return _recording[name](*arguments) if call[-1] else _kernels[name](KERNEL, *arguments)
+
+
+def define(
+    name: str,
+    forward: OpOverload,
+    derivative: OpOverload,
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+) -> None:
+    """Make the short way of an operator known; the last three are what `registration.register` takes."""
+    kernel, derivative_kernel = forward.redispatch, derivative.redispatch  # found once
+
+    def differentiate(*arguments: Any) -> Any:
+        return derivative_kernel(KERNEL, *arguments)
+
+    class Recorded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            output = kernel(KERNEL, *arguments)
+            setup_context(ctx, arguments, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            short = usual() and all(map(_plain, grads))
+            return backward(differentiate if short else derivative, ctx, *grads)
+
+    _kernels[name] = kernel
+    _recording[name] = Recorded.apply
 
 
 def remember(signature: tuple[Any, ...] | None, chosen: str) -> None:

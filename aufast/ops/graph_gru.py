@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from aufast import reference
-from aufast.ops import graph_gru_cuda
+from aufast.ops import direct, graph_gru_cuda
 from aufast.ops.autocast import cast_products, keep_float
 from aufast.ops.backends import choose
 from aufast.ops.checks import (
@@ -68,10 +68,14 @@ def graph_gru(
 
     Source: AAR eq. (13).
     """
-    code = normalization_code("graph_gru", normalization)
     b_z, b_r, b_h = _three(biases)
+    tensors = (x, U, Q, W_z, W_r, W_h, h0, b_z, b_r, b_h, lengths)
+    call = direct.signature("graph_gru", (normalization, backend), *tensors)
+    if call is not None and call in direct.passed:
+        return direct.run("graph_gru", call, *tensors, NORMALIZATIONS[normalization], call[-1])[:2]
+    code = normalization_code("graph_gru", normalization)
     x, U, Q, W_z, W_r, W_h, b_z, b_r, b_h = cast_products(x, U, Q, W_z, W_r, W_h, b_z, b_r, b_h)
-    h0 = keep_float(h0, x)
+    given, h0 = h0, keep_float(h0, x)
     parameters = (U, Q, W_z, W_r, W_h, h0, b_z, b_r, b_h)
     _check(x, parameters, lengths, code)
     chosen = choose("graph_gru", x, backend, lambda: graph_gru_cuda.cannot_run(x, W_z))
@@ -80,6 +84,8 @@ def graph_gru(
         return reference.graph_gru(
             x, U, Q, W_z, W_r, W_h, h0, biases=pools, lengths=lengths, normalization=normalization
         )
+    if h0 is given:
+        direct.remember(call, chosen)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters))
     out, h_last, _ = operator("graph_gru", chosen)(x, *parameters, lengths, code, save)
     return out, h_last

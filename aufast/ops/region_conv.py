@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from aufast import reference
+from aufast.ops import direct
 from aufast.ops.autocast import cast_products
 from aufast.ops.backends import choose
 from aufast.ops.checks import Shapes
@@ -51,11 +52,15 @@ def region_conv(
 
     Source: the layer L_n of AAR's hierarchical multi-scale region layer.
     """
+    call = direct.signature("region_conv", (backend,), x, weight, bias, scale, shift)
+    if call is not None and call in direct.passed:
+        return direct.run("region_conv", call, x, weight, bias, scale, shift)
     x, weight, bias, scale, shift = cast_products(x, weight, bias, scale, shift)
     _check(x, weight, bias, scale, shift)
     chosen = choose("region_conv", x, backend)
     if chosen == "reference":
         return reference.region_conv(x, weight, bias, scale, shift)
+    direct.remember(call, chosen)
     return operator("region_conv", chosen)(x, weight, bias, scale, shift)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
-from aufast.ops import backends
+from aufast.ops import backends, direct
 from aufast.reference.precision import outside_autocast
 
 
@@ -148,6 +148,7 @@ def register(
             f"aufast::{name}{overload}", formula, setup_context=setup_context, lib=LIBRARY
         )
         torch.library.register_autograd(f"aufast::{backward_name}{overload}", refuse, lib=LIBRARY)
+    direct.define(name, operator(name, ""), operator(backward_name, ""), setup_context, backward)
 
 
 def operator(name: str, backend: str) -> OpOverload:

@@ -62,7 +62,7 @@ def roi_crop(
     plain = type(size) is tuple and len(size) == 2 and type(size[0]) is int and type(size[1]) is int
     call = direct.signature("roi_crop", (size, align_corners, backend), features, rois) if plain else None
     if call is not None and call in direct.passed:
-        return _redispatch(direct.KERNEL, features, rois, *size, align_corners)
+        return direct.run("roi_crop", call, features, rois, *size, align_corners)
     given, rois = rois, keep_float(rois, features)
     _check(features, rois, align_corners)
     height, width = output_size("roi_crop", "size", size)
@@ -173,5 +173,3 @@ register(
     setup_context=_setup_context,
     backward=_backward,
 )
-
-_redispatch = torch.ops.aufast.roi_crop.default.redispatch  # found once: five look-ups less a call

@@ -31,6 +31,13 @@ constexpr int64_t padded(int64_t n) {
   return (n + granule - 1) / granule * granule;
 }
 
+// Whether kernels read and write tensors of this dtype as they are, in bfloat16: where rows need no padding.
+template <class T>
+bool stored_low(ScalarType dtype, std::initializer_list<int64_t> columns) {
+  return dtype == ScalarType::BFloat16 &&
+         std::all_of(columns.begin(), columns.end(), [](int64_t n) { return n == padded<T>(n); });
+}
+
 // Whether products take bfloat16 factors: on CPUs with bfloat16 dot products, where rows of Θ come in whole
 // pairs.
 inline bool in_pairs(ScalarType dtype, std::initializer_list<int64_t> rows) {
@@ -101,13 +108,14 @@ constexpr int64_t kPoolRows = 32;    // pool rows in one work item: a few hundre
 constexpr int64_t kTransposed = 16;  // columns transposed together: a row's cache line
 
 // A pool of weights (ce, rows, columns) whose node matrices Θ_i = Σ_e Q_ie W_e lie at `theta` inside each
-// node's block.
+// node's block. The weights are read as T or, where `low` is given, as bfloat16.
 template <class T>
 struct Pool {
   const T* weights;
   T* grad;
   int64_t rows;
   int64_t theta;
+  const uint16_t* low = nullptr;
 };
 
 // All node matrices of an operator. Without Q one matrix serves all nodes: one embedding, whose coordinate is
@@ -144,6 +152,7 @@ struct TransposedPool {
   int64_t segments, first, second, columns, live;
   int64_t theta;  // offset in a node's block
   int64_t block;  // elements of a node's block
+  const uint16_t* low = nullptr;
 
   int64_t row() const { return padded<T>(first) + padded<T>(second); }
   int64_t size() const { return segments * live * row(); }

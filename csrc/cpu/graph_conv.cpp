@@ -16,15 +16,16 @@ constexpr int64_t kFewFrames = 96;        // up to here one block: split by node
 constexpr int64_t kForwardFrames = 48;    // frames of a forward item
 constexpr int64_t kBackwardFrames = 192;  // frames between two rendezvous of the backward
 
-template <class T>
+// Stored: how x, the output and their gradients lie in memory, T or bfloat16.
+template <class T, class Stored>
 struct ConvCall {
   Graph<T> graph;
   Thetas<T> thetas;
   TransposedPool<T> transposed;
   int64_t frames, frame_block;
   int64_t inputs, live_inputs, outputs, live_outputs;  // padded, and without padding
-  const T *x, *grad;
-  T *out, *grad_x;
+  const Stored *x, *grad;
+  Stored *out, *grad_x;
   bool want_theta, want_graph;
   T *zeros, *one, *gamma, *scratch;
   int64_t scratch_size;  // of one member
@@ -49,10 +50,10 @@ using OptionalTensor = std::optional<Tensor>;
 enum ConvGradient { kGradX, kGradU, kGradQ, kGradW, kGradBias };
 
 // What forward and backward have in common: sizes, the graph and the pools.
-template <class T>
-ConvCall<T> describe(Door<T>& door, const Tensor& x, const Tensor& U, const OptionalTensor& Q,
-                     const Tensor& W, const OptionalTensor& bias, bool softmax) {
-  ConvCall<T> c{};
+template <class T, class Stored>
+ConvCall<T, Stored> describe(Door<T>& door, const Tensor& x, const Tensor& U, const OptionalTensor& Q,
+                             const Tensor& W, const OptionalTensor& bias, bool softmax) {
+  ConvCall<T, Stored> c{};
   const int64_t m = U.size(0), cin = x.size(x.dim() - 1), cout = W.size(W.dim() - 1);
   const int64_t order = softmax ? W.size(W.dim() - 3) : 1;
   c.members = static_cast<int>(std::min<int64_t>(torch::stable::get_num_threads(), std::max<int64_t>(m, 1)));
@@ -60,24 +61,24 @@ ConvCall<T> describe(Door<T>& door, const Tensor& x, const Tensor& U, const Opti
   c.live_outputs = cout, c.outputs = padded<T>(cout);
   c.frames = 1;
   for (int64_t d = 0; d < x.dim() - 2; ++d) c.frames *= x.size(d);
-  c.x = door.in(x, cin);
+  c.x = door.template stored<Stored>(x, cin);
   c.graph = {m, U.size(1), order, softmax, padded<T>(m), door.plain(U)};
   Thetas<T>& t = c.thetas;
   t.nodes = m, t.distinct = Q.has_value() ? m : std::min<int64_t>(m, 1), t.columns = c.outputs;
   t.embeddings = Q.has_value() ? Q->size(1) : 1;
   t.Q = Q.has_value() ? door.plain(*Q) : nullptr;
   t.pools = bias.has_value() ? 2 : 1;
-  t.pool[0] = {door.in(W, cout), nullptr, order * cin, 0};
+  t.pool[0] = door.pool(W, cout, order * cin, 0);
   t.block = order * cin * c.outputs;
   if (bias.has_value()) {
-    t.pool[1] = {door.in(*bias, cout), nullptr, 1, t.block};
+    t.pool[1] = door.pool(*bias, cout, 1, t.block);
     t.block += c.outputs;
   }
   return c;
 }
 
-template <class T>
-void plan_common(ConvCall<T>& c, Arena& arena, bool backward) {
+template <class T, class Stored>
+void plan_common(ConvCall<T, Stored>& c, Arena& arena, bool backward) {
   c.seats = arena.take<CrewSeat>(c.members);
   c.finished = arena.take<int64_t>(1);
   c.zeros = arena.take<T>(std::max({kPoolRows * c.outputs, kTransposed * c.inputs, c.graph.row}));
@@ -87,8 +88,8 @@ void plan_common(ConvCall<T>& c, Arena& arena, bool backward) {
 }
 
 // Everything the kernels expect to find set before the crew starts.
-template <class T>
-void prepare(ConvCall<T>& c, bool backward) {
+template <class T, class Stored>
+void prepare(ConvCall<T, Stored>& c, bool backward) {
   std::memset(c.seats, 0, c.members * sizeof(CrewSeat));
   *c.finished = 0;
   std::memset(c.zeros, 0, reinterpret_cast<char*>(c.one) - reinterpret_cast<char*>(c.zeros));
@@ -97,38 +98,40 @@ void prepare(ConvCall<T>& c, bool backward) {
   if (backward) std::memset(c.graph.grad_supports, 0, c.graph.order * c.graph.matrix() * sizeof(T));
 }
 
-template <class T>
+template <class T, class Stored>
 Tensor forward_as(const Tensor& x, const Tensor& U, const OptionalTensor& Q, const Tensor& W,
                   const OptionalTensor& bias, bool softmax) {
   Door<T> door({AUFAST_PICK(widen), AUFAST_PICK(narrow)});
-  ConvCall<T> c = describe<T>(door, x, U, Q, W, bias, softmax);
+  ConvCall<T, Stored> c = describe<T, Stored>(door, x, U, Q, W, bias, softmax);
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = c.live_outputs;
   Tensor out = torch::stable::empty(sizes, x.scalar_type());
   if (out.numel() == 0) return out;
-  c.out = door.out(out, c.live_outputs);
+  c.out = door.template stored_out<Stored>(out, c.live_outputs);
   c.frame_block = c.frames <= kFewFrames ? c.frames : kForwardFrames;
   const int64_t group = std::min(kMostNodes, c.graph.nodes);
-  c.scratch_size = group * std::max(c.graph.order * c.frame_block * c.inputs, kPoolRows * c.outputs);
-  const bool pairs = in_pairs(x.scalar_type(), {c.live_inputs});
+  c.scratch_size =
+      group * std::max({c.graph.order * c.frame_block * c.inputs, kPoolRows * c.outputs, c.graph.embeddings});
+  const bool pairs = sizeof(Stored) == 2 && aufast::isa() >= aufast::Isa::avx512_bf16;
+  c.thetas.tiles = aufast::isa() == aufast::Isa::amx;
+  if (pairs && c.thetas.tiles) c.scratch_size += c.frame_block * c.outputs;
   door.workspace([&](Arena& arena) {
     plan_common(c, arena, false);
     c.thetas.theta = arena.take<T>(c.thetas.distinct * c.thetas.block);
     if (pairs) c.thetas.pairs = arena.take<uint32_t>(c.thetas.distinct * c.thetas.block / 2);
   });
   prepare(c, false);
-  c.thetas.tiles = aufast::isa() == aufast::Isa::amx;
-  const auto kernel = AUFAST_PICK(conv_forward<T>);
+  const auto kernel = AUFAST_PICK(conv_forward<T, Stored>);
   run_crew(c.members, [&](int me) { kernel(c, me); });
   door.finish();
   return out;
 }
 
-template <class T>
+template <class T, class Stored>
 std::vector<Tensor> backward_as(const Tensor& grad, const Tensor& x, const Tensor& U, const OptionalTensor& Q,
                                 const Tensor& W, const OptionalTensor& bias, bool softmax, int64_t needs) {
   Door<T> door({AUFAST_PICK(widen), AUFAST_PICK(narrow)});
-  ConvCall<T> c = describe<T>(door, x, U, Q, W, bias, softmax);
+  ConvCall<T, Stored> c = describe<T, Stored>(door, x, U, Q, W, bias, softmax);
   const OptionalTensor inputs[] = {x, U, Q, W, bias};
   std::vector<Tensor> results;
   T* room[5] = {};
@@ -137,23 +140,26 @@ std::vector<Tensor> backward_as(const Tensor& grad, const Tensor& x, const Tenso
     const bool wanted = (needs >> k & 1) && inputs[k].has_value();
     results.push_back(wanted ? torch::stable::empty(inputs[k]->sizes(), x.scalar_type())
                              : torch::stable::empty({0}, x.scalar_type()));
-    if (wanted) room[k] = k == kGradQ ? door.out_plain(results[k]) : door.out(results[k], last[k]);
+    if (!wanted) continue;
+    if (k == kGradX)
+      c.grad_x = door.template stored_out<Stored>(results[k], last[k]);
+    else
+      room[k] = k == kGradQ ? door.out_plain(results[k]) : door.out(results[k], last[k]);
   }
-  c.grad = door.in(grad, c.live_outputs);
-  c.grad_x = room[kGradX];
+  c.grad = door.template stored<Stored>(grad, c.live_outputs);
   c.thetas.pool[0].grad = room[kGradW], c.thetas.pool[1].grad = room[kGradBias],
   c.thetas.grad_Q = room[kGradQ];
   c.want_theta = room[kGradW] != nullptr || room[kGradBias] != nullptr || room[kGradQ] != nullptr;
   c.graph.grad_U = room[kGradU];
   c.want_graph = room[kGradU] != nullptr;
   c.transposed = {c.thetas.pool[0].weights, c.graph.order, c.live_inputs, 0, c.outputs, c.live_outputs, 0, 0};
-  c.transposed.block = c.transposed.size();
+  c.transposed.block = c.transposed.size(), c.transposed.low = c.thetas.pool[0].low;
   c.frame_block = std::max<int64_t>(std::min(c.frames, kBackwardFrames), 1);
   const int64_t m = c.graph.nodes, K = c.graph.order;
   const int64_t group = std::min(kMostNodes, m);
   c.scratch_size = std::max(c.frame_block * (K * group * c.inputs + c.outputs),
                             (c.thetas.embeddings + group) * kTransposed * c.transposed.row());
-  const bool pairs = backward_in_pairs(x.scalar_type(), {c.live_inputs, c.live_outputs});
+  const bool pairs = sizeof(Stored) == 2 && aufast::isa() == aufast::Isa::avx512_bf16;
   door.workspace([&](Arena& arena) {
     plan_common(c, arena, true);
     if (pairs)
@@ -165,25 +171,35 @@ std::vector<Tensor> backward_as(const Tensor& grad, const Tensor& x, const Tenso
     c.thetas.partial_Q = arena.take<T>(c.thetas.blocks() * m * c.thetas.embeddings);
   });
   prepare(c, true);
-  const auto kernel = AUFAST_PICK(conv_backward<T>);
+  const auto kernel = AUFAST_PICK(conv_backward<T, Stored>);
   run_crew(c.members, [&](int me) { kernel(c, me); });
   door.finish();
   return results;
 }
 
+// Calls `run` for the types that tensors like x are computed and stored in. Low precision whose rows are not
+// whole vectors of bfloat16 is converted at the door.
+template <class Run>
+auto as_stored(const Tensor& x, const Tensor& W, const Run& run) {
+  if (x.scalar_type() == ScalarType::Double) return run.template operator()<double, double>();
+  if (stored_low<float>(x.scalar_type(), {x.size(x.dim() - 1), W.size(W.dim() - 1)}))
+    return run.template operator()<float, uint16_t>();
+  return run.template operator()<float, float>();
+}
+
 Tensor graph_conv(const Tensor& x, const Tensor& U, const OptionalTensor& Q, const Tensor& W,
                   const OptionalTensor& bias, int64_t normalization) {
-  if (x.scalar_type() == ScalarType::Double) return forward_as<double>(x, U, Q, W, bias, normalization == 1);
-  return forward_as<float>(x, U, Q, W, bias, normalization == 1);
+  return as_stored(x, W, [&]<class T, class Stored>() {
+    return forward_as<T, Stored>(x, U, Q, W, bias, normalization == 1);
+  });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> graph_conv_backward(
     const Tensor& grad, const Tensor& x, const Tensor& U, const OptionalTensor& Q, const Tensor& W,
     const OptionalTensor& bias, int64_t normalization, int64_t needs) {
-  const bool softmax = normalization == 1;
-  const std::vector<Tensor> r = x.scalar_type() == ScalarType::Double
-                                    ? backward_as<double>(grad, x, U, Q, W, bias, softmax, needs)
-                                    : backward_as<float>(grad, x, U, Q, W, bias, softmax, needs);
+  const std::vector<Tensor> r = as_stored(x, W, [&]<class T, class Stored>() {
+    return backward_as<T, Stored>(grad, x, U, Q, W, bias, normalization == 1, needs);
+  });
   return {r[0], r[1], r[2], r[3], r[4]};
 }
 

@@ -115,9 +115,29 @@ class Door {
   // The bfloat16 values themselves, for what the kernels read and write without conversion; null for other
   // dtypes, and where rows would need padding.
   uint16_t* low(const Tensor& tensor, int64_t columns) {
-    if (tensor.scalar_type() != ScalarType::BFloat16 || columns != padded<T>(columns)) return nullptr;
+    if (!stored_low<T>(tensor.scalar_type(), {columns})) return nullptr;
     kept_.push_back(dense_of(tensor));
     return static_cast<uint16_t*>(kept_.back().data_ptr());
+  }
+  // Either, as the kernel's type says.
+  template <class Stored>
+  const Stored* stored(const Tensor& tensor, int64_t columns) {
+    if constexpr (sizeof(Stored) == sizeof(T))
+      return in(tensor, columns);
+    else
+      return low(tensor, columns);
+  }
+  template <class Stored>
+  Stored* stored_out(const Tensor& tensor, int64_t columns) {
+    if constexpr (sizeof(Stored) == sizeof(T))
+      return out(tensor, columns);
+    else
+      return low(tensor, columns);
+  }
+  // Weights that node matrices are made of; bfloat16 is read as it is.
+  Pool<T> pool(const Tensor& weights, int64_t columns, int64_t rows, int64_t theta) {
+    const uint16_t* stored = low(weights, columns);
+    return {stored == nullptr ? in(weights, columns) : nullptr, nullptr, rows, theta, stored};
   }
 
   const int64_t* integers(const std::optional<Tensor>& tensor) {

@@ -42,6 +42,8 @@ struct GruCall {
   bool by_sequences, whole;  // whole: frames are mixed whole (graph_gru_whole.inc)
   int64_t tile;              // sequences that run together
   const T *x, *h0;
+  const uint16_t *low_x, *low_out, *low_grad_out;  // in place of those in T, in bfloat16
+  uint16_t* low_grad_x;
   const int64_t* lengths;
   T *out, *h_last;
   // What the backward will need, null where nobody asks for it: z, r, h̃ (batch, steps, m, 3 channels); of a
@@ -123,9 +125,11 @@ GruCall<T> describe(Door<T>& door, const GruTensors& a, int64_t few_sequences) {
   const int64_t order = a.softmax ? a[kWz].size(1) : 1;
   c.members = static_cast<int>(std::min<int64_t>(torch::stable::get_num_threads(), std::max<int64_t>(m, 1)));
   c.batch = x.size(0), c.steps = x.size(1);
+  c.whole = m >= kManyNodes;
   c.live_inputs = cin, c.inputs = padded<T>(cin);
   c.live_channels = n, c.channels = padded<T>(n);
-  c.x = door.in(x, cin);
+  c.low_x = c.whole ? nullptr : door.low(x, cin);
+  c.x = c.low_x == nullptr ? door.in(x, cin) : nullptr;
   c.h0 = door.in(a.input[kH0], n);
   c.lengths = door.integers(a.lengths);
   c.graph = {m, ce, order, a.softmax, padded<T>(m), door.plain(a[kU])};
@@ -134,11 +138,12 @@ GruCall<T> describe(Door<T>& door, const GruTensors& a, int64_t few_sequences) {
   t.pools = a.input[kBz].has_value() ? 6 : 3;
   for (int k = 0; k < t.pools; ++k) {
     const int64_t rows = k < 3 ? order * (n + cin) : 1;
-    t.pool[k] = {door.in(a[k < 3 ? kWz + k : kBz + k - 3], n), nullptr, rows, t.block};
+    const Tensor& weights = a[k < 3 ? kWz + k : kBz + k - 3];
+    t.pool[k] =
+        c.whole ? Pool<T>{door.in(weights, n), nullptr, rows, t.block} : door.pool(weights, n, rows, t.block);
     t.block += rows * t.columns;
   }
   const int64_t state_half = m * order * n * 3 * c.channels * static_cast<int64_t>(sizeof(T));
-  c.whole = m >= kManyNodes;
   c.by_sequences =
       !c.whole && (c.members == 1 || (c.batch >= few_sequences * c.members && state_half <= kCacheBytes));
   const int64_t rounds = (c.batch + c.members * kMostSequences - 1) / (c.members * kMostSequences);
@@ -215,7 +220,8 @@ void plan_small_backward(GruCall<T>& c, Arena& arena, bool pairs) {
     c.thetas.theta = arena.take<T>(thetas);
   c.gamma_h = arena.take<T>(rows * c.frame());
   c.gamma_r = arena.take<T>(rows * c.frame());
-  if (c.want_graph || c.grad_x != nullptr) c.gamma_x = arena.take<T>(rows * c.graph.nodes * c.inputs);
+  if (c.want_graph || c.grad_x != nullptr || c.low_grad_x != nullptr)
+    c.gamma_x = arena.take<T>(rows * c.graph.nodes * c.inputs);
 }
 
 template <class T>
@@ -252,8 +258,8 @@ std::tuple<Tensor, Tensor, Tensor> forward_as(const GruTensors& a, bool save) {
   if (save && low == nullptr) full = door.out(saved, saved_row);
   c.chunk = chunk_for(c.whole ? kWholeRows : kForwardRows, c.tile, c.steps);
   const int64_t group = std::min(kMostNodes, m);
-  c.scratch_size = group * std::max(c.graph.order * c.tile * std::max(c.chunk * c.inputs, c.channels),
-                                    kPoolRows * c.channels);
+  c.scratch_size = group * std::max({c.graph.order * c.tile * std::max(c.chunk * c.inputs, c.channels),
+                                     kPoolRows * c.channels, c.graph.embeddings});
   c.buffer_size = m * c.gate_node(c.tile) + c.tile * c.frame();
   door.workspace([&](Arena& arena) {
     plan_common(c, arena, false);
@@ -273,7 +279,8 @@ template <class T>
 std::vector<Tensor> backward_as(const Tensor& grad_out, const Tensor& grad_h_last, const GruTensors& a,
                                 const Tensor& out, const Tensor& saved, int64_t needs) {
   Door<T> door({AUFAST_PICK(widen), AUFAST_PICK(narrow)});
-  GruCall<T> c = describe<T>(door, a, kFewSequences);
+  const bool pairs = backward_in_pairs(a[kX].scalar_type(), {a[kX].size(3), a.channels()});
+  GruCall<T> c = describe<T>(door, a, pairs ? kFewPairs : kFewSequences);
   const int64_t m = c.graph.nodes, n = c.live_channels, ce = c.graph.embeddings, K = c.graph.order;
   const int64_t last[kInputs] = {c.live_inputs, ce, 0, n, n, n, n, n, n, n};
   std::vector<Tensor> results;
@@ -282,10 +289,15 @@ std::vector<Tensor> backward_as(const Tensor& grad_out, const Tensor& grad_h_las
     const bool wanted = (needs >> k & 1) && a.input[k].has_value();
     results.push_back(wanted ? torch::stable::empty(a[k].sizes(), a[k].scalar_type())
                              : torch::stable::empty({0}, a[kX].scalar_type()));
-    if (wanted) room[k] = k == kQ ? door.out_plain(results[k]) : door.out(results[k], last[k]);
+    if (!wanted) continue;
+    if (k == kX && !c.whole) c.low_grad_x = door.low(results[k], last[k]);
+    if (k != kX || c.low_grad_x == nullptr)
+      room[k] = k == kQ ? door.out_plain(results[k]) : door.out(results[k], last[k]);
   }
-  c.grad_out = door.in(grad_out, n), c.grad_h_last = door.in(grad_h_last, n);
-  c.out = const_cast<T*>(door.in(out, n));
+  c.grad_h_last = door.in(grad_h_last, n);
+  if (!c.whole) c.low_out = door.low(out, n), c.low_grad_out = door.low(grad_out, n);
+  if (c.low_out == nullptr) c.out = const_cast<T*>(door.in(out, n));
+  if (c.low_grad_out == nullptr) c.grad_out = door.in(grad_out, n);
   uint16_t*& low = c.whole ? c.kept_low : c.saved_low;
   T*& full = c.whole ? c.kept : c.saved;
   const int64_t saved_row = c.whole ? c.kept_node() : n;
@@ -298,13 +310,12 @@ std::vector<Tensor> backward_as(const Tensor& grad_out, const Tensor& grad_h_las
   for (int gate = 0; gate < 3; ++gate) {
     TransposedPool<T>& pool = c.transposed[gate];  // a whole graph's holds the state's rows alone
     pool = {c.thetas.pool[gate].weights, K, n, c.whole ? 0 : c.live_inputs, c.channels, n, 0, 0};
-    pool.theta = gate * pool.size(), pool.block = 3 * pool.size();
+    pool.theta = gate * pool.size(), pool.block = 3 * pool.size(), pool.low = c.thetas.pool[gate].low;
   }
   if (c.whole)
     size_whole_backward(c);
   else
     size_small_backward(c);
-  const bool pairs = backward_in_pairs(a[kX].scalar_type(), {a[kX].size(3), a.channels()});
   door.workspace([&](Arena& arena) {
     plan_common(c, arena, true);
     if (c.whole)

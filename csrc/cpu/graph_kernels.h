@@ -5,10 +5,18 @@ template <class T>
 AUFAST_INLINE void copy_row(T* to, const T* from, int64_t n) {
   for (int64_t i = 0; i < n; i += lanes<T>) store<T>(to + i, load<T>(from + i));
 }
+template <class T, class From, class To>
+AUFAST_INLINE void convert_row(To* to, const From* from, int64_t n) {
+  for (int64_t i = 0; i < n; i += lanes<T>) store_as(to + i, load_as(from + i));
+}
 template <class T>
 AUFAST_INLINE void zero_row(T* to, int64_t n) {
-  for (int64_t i = 0; i < n; i += lanes<T>) store<T>(to + i, vec<T>{});
+  for (int64_t i = 0; i < n; i += lanes<acc<T>>) store_as(to + i, vec<acc<T>>{});
 }
+
+// Whether products may take bfloat16 pairs: the level has them, and that is how tensors are stored.
+template <class Stored>
+constexpr bool kTakesPairs = AUFAST_BF16 && sizeof(Stored) == 2;
 
 // A run of nodes that one item of a phase works on.
 struct Group {
@@ -39,36 +47,48 @@ AUFAST_INLINE void mix(const T* S, int64_t s_row, bool transposed, Group group, 
 
 // to[g] = Σ_j S_s(g, j) from[j] for a group and `frames` frames (m, channels). With softmax S_0 is the
 // identity: a copy.
-template <class T>
-AUFAST_INLINE void mix_support(const Graph<T>& g, int64_t s, Group group, const T* from, int64_t frames,
-                               int64_t from_frame, int64_t channels, T* to, int64_t to_row, int64_t to_frame,
+template <class T, class From, class To>
+AUFAST_INLINE void mix_support(const Graph<T>& g, int64_t s, Group group, const From* from, int64_t frames,
+                               int64_t from_frame, int64_t channels, To* to, int64_t to_row, int64_t to_frame,
                                const T* zeros) {
   if (!g.softmax || s > 0)
-    return multiply<T>({group.size, channels, g.nodes, 1, g.supports + s * g.matrix() + group.begin * g.row,
-                        0, g.row, 1, from, channels, 0, zeros, 0, to, to_row, frames, from_frame, 0,
-                        to_frame});
+    return multiply<T, From, To>({group.size, channels, g.nodes, 1,
+                                  g.supports + s * g.matrix() + group.begin * g.row, 0, g.row, 1, from,
+                                  channels, 0, zeros, 0, to, to_row, frames, from_frame, 0, to_frame});
   for (int64_t f = 0; f < frames; ++f)
     for (int64_t i = 0; i < group.size; ++i)
-      copy_row(to + f * to_frame + i * to_row, from + f * from_frame + (group.begin + i) * channels,
-               channels);
+      convert_row<T>(to + f * to_frame + i * to_row, from + f * from_frame + (group.begin + i) * channels,
+                     channels);
 }
 
 // The transposed mix of a group over all supports and frames: to[g] = start[g] + Σ_s Σ_i S_s(i, g) from_s[i].
-// `start` is `to` itself or null for zero.
-template <class T>
-AUFAST_INLINE void mix_back(const Graph<T>& g, Group group, const T* from, int64_t from_segment,
+// `start` is `to` itself or zero.
+template <class T, class From>
+AUFAST_INLINE void mix_back(const Graph<T>& g, Group group, const From* from, int64_t from_segment,
                             int64_t frames, int64_t from_frame, int64_t channels, bool accumulate, T* to,
                             int64_t to_frame, const T* zeros) {
   const int64_t dense = g.softmax ? 1 : 0;  // the identity S_0 adds its rows as they are
   for (int64_t f = 0; f < frames && g.softmax; ++f)
     for (int64_t i = 0; i < group.size * channels; i += lanes<T>) {
-      const vec<T> same = load<T>(from + f * from_frame + group.begin * channels + i);
+      const vec<T> same = load_as(from + f * from_frame + group.begin * channels + i);
       store<T>(to + f * to_frame + i, accumulate ? load<T>(to + f * to_frame + i) + same : same);
     }
   const bool add = accumulate || g.softmax;
-  multiply<T>({group.size, channels, g.nodes, g.order - dense, g.supports + dense * g.matrix() + group.begin,
-               g.matrix(), 1, g.row, from + dense * from_segment, channels, from_segment, add ? to : zeros,
-               add ? channels : 0, to, channels, frames, from_frame, add ? to_frame : 0, to_frame});
+  multiply<T, From>({group.size, channels, g.nodes, g.order - dense,
+                     g.supports + dense * g.matrix() + group.begin, g.matrix(), 1, g.row,
+                     from + dense * from_segment, channels, from_segment, add ? to : zeros,
+                     add ? channels : 0, to, channels, frames, from_frame, add ? to_frame : 0, to_frame});
+}
+
+// The same without `accumulate`, to bfloat16: sums are rounded once, so the identity is a support like
+// others.
+template <class T, class From>
+AUFAST_INLINE void mix_back(const Graph<T>& g, Group group, const From* from, int64_t from_segment,
+                            int64_t frames, int64_t from_frame, int64_t channels, uint16_t* to,
+                            int64_t to_frame, const T* zeros) {
+  multiply<T, From, uint16_t>({group.size, channels, g.nodes, g.order, g.supports + group.begin, g.matrix(),
+                               1, g.row, from, channels, from_segment, zeros, 0, to, channels, frames,
+                               from_frame, 0, to_frame});
 }
 
 // S_0 … S_{K-1} from U. Every phase's items are groups of rows.
@@ -197,15 +217,119 @@ PoolBlock pool_block(const Thetas<T>& t, int64_t item) {
   }
 }
 
+// Hands the weights of a pool, as they are stored, to `use`.
+template <class T, class AnyPool, class Use>
+AUFAST_INLINE void with_weights(const AnyPool& pool, const Use& use) {
+  if constexpr (sizeof(T) == 4)
+    if (pool.low != nullptr) return use(pool.low);
+  use(pool.weights);
+}
+
 // One block's Θ_i for a group, to `to` with `node` elements between nodes.
 template <class T>
 AUFAST_INLINE void theta_block(const Thetas<T>& t, Group group, const PoolBlock& b, T* to, int64_t node,
                                const T* zeros) {
   const Pool<T>& pool = t.pool[b.pool];
-  multiply<T>({group.size, b.rows * t.columns, t.embeddings, 1, t.Q + group.begin * t.embeddings, 0,
-               t.embeddings, 1, pool.weights + b.begin * t.columns, pool.rows * t.columns, 0, zeros, 0, to,
-               node});
+  with_weights<T>(pool, [&]<class W>(const W* weights) {
+    multiply<T, W>({group.size, b.rows * t.columns, t.embeddings, 1, t.Q + group.begin * t.embeddings, 0,
+                    t.embeddings, 1, weights + b.begin * t.columns, pool.rows * t.columns, 0, zeros, 0, to,
+                    node});
+  });
 }
+
+#if AUFAST_BF16
+// Where the words of two rows of 32 sums, each in the order that unpacking leaves, go to become pairs of
+// rows.
+struct PairTurns {
+  uint16_t first[32], second[32];
+};
+constexpr PairTurns pair_turns() {
+  PairTurns turns{};
+  for (int column = 0; column < 16; ++column)
+    for (int row = 0; row < 2; ++row) {
+      const int lane = column / 8, place = column % 8 % 4, high = column % 8 / 4;
+      turns.first[2 * column + row] = static_cast<uint16_t>(32 * high + 16 * row + 4 * lane + place);
+      turns.second[2 * column + row] = static_cast<uint16_t>(32 * high + 16 * row + 4 * lane + 8 + place);
+    }
+  return turns;
+}
+
+// One block's Θ_i of NODES nodes from bfloat16 weights, straight to pairs. Two embeddings make a pair: Q
+// holds theirs, (nodes, q_row).
+template <int NODES>
+void theta_pairs(const Thetas<float>& t, int64_t node, const PoolBlock& b, const uint32_t* Q, int64_t q_row) {
+  static constexpr PairTurns kTurns = pair_turns();
+  const __m512i first = _mm512_loadu_si512(kTurns.first), second = _mm512_loadu_si512(kTurns.second);
+  const Pool<float>& pool = t.pool[b.pool];
+  const int64_t columns = t.columns, matrix = pool.rows * columns, begin = b.begin * columns;
+  uint32_t* to = t.pairs + (node * t.block + pool.theta + begin) / 2;
+  for (int64_t r = 0; r < b.rows; r += 2, to += columns)
+    for (int64_t n = 0; n < columns; n += 32) {
+      const bool whole = n + 32 <= columns;
+      __m512 sums[NODES][2][2] = {};
+      const uint16_t* weights = pool.low + begin + r * columns + n;
+      for (int64_t e = 0; e < t.embeddings; e += 2, weights += 2 * matrix)
+#pragma GCC unroll 2
+        for (int row = 0; row < 2; ++row) {
+          const uint16_t* one = weights + row * columns;
+          const __m512i even = load_words(one, whole),
+                        odd = e + 1 < t.embeddings ? load_words(one + matrix, whole) : _mm512_setzero_si512();
+          const __m512bh low = reinterpret_cast<__m512bh>(_mm512_unpacklo_epi16(even, odd)),
+                         high = reinterpret_cast<__m512bh>(_mm512_unpackhi_epi16(even, odd));
+#pragma GCC unroll 6
+          for (int i = 0; i < NODES; ++i) {
+            const __m512bh q =
+                reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(Q[i * q_row + e / 2])));
+            sums[i][row][0] = _mm512_dpbf16_ps(sums[i][row][0], low, q);
+            sums[i][row][1] = _mm512_dpbf16_ps(sums[i][row][1], high, q);
+          }
+        }
+#pragma GCC unroll 6
+      for (int i = 0; i < NODES; ++i) {
+        const __m512i low = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(sums[i][1][0], sums[i][0][0])),
+                      high = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(sums[i][1][1], sums[i][0][1]));
+        uint32_t* pairs = to + i * t.block / 2 + n;
+        _mm512_storeu_si512(pairs, _mm512_permutex2var_epi16(low, first, high));
+        if (whole) _mm512_storeu_si512(pairs + 16, _mm512_permutex2var_epi16(low, second, high));
+      }
+    }
+}
+
+// The same for a group of nodes; room for Q's pairs in scratch.
+inline void theta_pairs(const Thetas<float>& t, Group group, const PoolBlock& b, float* scratch) {
+  uint32_t* Q = reinterpret_cast<uint32_t*>(scratch);
+  const int64_t ce = t.embeddings, q_row = (ce + 1) / 2;
+  for (int64_t i = 0; i < group.size; ++i)
+    for (int64_t e = 0; e < ce; e += 2) {
+      const float* q = t.Q + (group.begin + i) * ce + e;
+      Q[i * q_row + e / 2] = upper_half(q[0]) >> 16 | (e + 1 < ce ? upper_half(q[1]) : 0);
+    }
+  for (int64_t i = 0; i < group.size;) {
+    const int64_t node = group.begin + i, left = group.size - i;
+    const uint32_t* own = Q + i * q_row;
+    switch (left == 7 || left == 8 ? 4 : left) {
+      case 1:
+        theta_pairs<1>(t, node, b, own, q_row), i += 1;
+        break;
+      case 2:
+        theta_pairs<2>(t, node, b, own, q_row), i += 2;
+        break;
+      case 3:
+        theta_pairs<3>(t, node, b, own, q_row), i += 3;
+        break;
+      case 4:
+        theta_pairs<4>(t, node, b, own, q_row), i += 4;
+        break;
+      case 5:
+        theta_pairs<5>(t, node, b, own, q_row), i += 5;
+        break;
+      default:
+        theta_pairs<6>(t, node, b, own, q_row), i += 6;
+        break;
+    }
+  }
+}
+#endif  // AUFAST_BF16
 
 // Θ_i = Σ_e Q_ie W_e, node groups outermost so that a node's matrices are made by the thread that will use
 // them.
@@ -221,6 +345,7 @@ void make_thetas(const Thetas<T>& t, Team& team, int64_t members, T* scratch, co
       return theta_block<T>(t, group, b, t.theta + group.begin * t.block + offset, t.block, zeros);
 #if AUFAST_BF16
     if constexpr (sizeof(T) == 4) {
+      if (t.pool[b.pool].low != nullptr) return theta_pairs(t, group, b, scratch);
       theta_block<T>(t, group, b, scratch, b.rows * columns, zeros);
       for (int64_t i = 0; i < group.size; ++i)
         for (int64_t r = 0; r < b.rows; r += 2) {
@@ -236,41 +361,59 @@ void make_thetas(const Thetas<T>& t, Team& team, int64_t members, T* scratch, co
   });
 }
 
-// A product whose B begins at `column` of a row, `offset` elements into the node matrices at `theta`. Where
-// those are pairs, p.A are rows that round_rows has rounded.
-template <class T>
+// A product whose B lies among node matrices. Where those are pairs, A is bfloat16: so it is stored, or
+// round_rows has rounded rows of T in place.
+template <class T, class InA = T, class InC = T>
+struct ThetaProduct {
+  int64_t rows, columns, depth, segments;
+  const InA* A;
+  int64_t a_segment, a_row;
+  int64_t b_row, b_segment;
+  const T* start;
+  int64_t start_row;
+  InC* C;
+  int64_t c_row;
+  T* scratch = nullptr;  // (rows, columns), for matrix tiles where C is bfloat16
+};
+// B begins at `column` of a row, `offset` elements into the node matrices at `theta`.
+template <class T, class InA = T, class InC = T>
 AUFAST_INLINE void multiply_theta(const Thetas<T>& t, const T* theta, int64_t offset, int64_t column,
-                                  Product<T> p) {
+                                  const ThetaProduct<T, InA, InC>& p) {
 #if AUFAST_BF16
   if constexpr (sizeof(T) == 4)
-    if (t.pairs != nullptr)
-      return multiply_pairs({p.rows, p.columns, p.depth / 2, p.segments,
-                             reinterpret_cast<const uint32_t*>(p.A), p.a_segment, p.a_row, 1,
-                             t.pairs + offset / 2 + column, p.b_row, p.b_segment / 2, p.start, p.start_row,
-                             p.C, p.c_row, t.tiles});
+    if (t.pairs != nullptr) {
+      constexpr int64_t per_pair = 4 / sizeof(InA);
+      return multiply_pairs<InC>({p.rows, p.columns, p.depth / 2, p.segments,
+                                  reinterpret_cast<const uint32_t*>(p.A), p.a_segment / per_pair,
+                                  p.a_row / per_pair, 1, t.pairs + offset / 2 + column, p.b_row,
+                                  p.b_segment / 2, p.start, p.start_row, p.C, p.c_row, t.tiles, p.scratch});
+    }
 #endif
-  p.B = theta + offset + column;
-  multiply<T>(p);
+  if constexpr (sizeof(InA) == sizeof(T))
+    multiply<T, T, InC>({p.rows, p.columns, p.depth, p.segments, p.A, p.a_segment, p.a_row, 1,
+                         theta + offset + column, p.b_row, p.b_segment, p.start, p.start_row, p.C, p.c_row});
 }
 
 // Rows times a node's matrices: C = start + Σ_s mixed_s Θ_s, over `depth` rows of Θ from row `begin` of each
 // segment on.
-template <class T>
+template <class T, class InA = T, class InC = T>
 struct NodeProduct {
   int64_t node, pool, begin, depth, segment_rows;
   int64_t rows;
-  const T* mixed;
+  const InA* mixed;
   int64_t mixed_segment, mixed_row;
   const T* start;
   int64_t start_row;
-  T* C;
+  InC* C;
   int64_t c_row;
+  T* scratch = nullptr;
 };
-template <class T>
-AUFAST_INLINE void multiply_node(const Thetas<T>& t, int64_t segments, const NodeProduct<T>& p) {
-  multiply_theta<T>(t, t.theta, p.node * t.stride() + t.pool[p.pool].theta + p.begin * t.columns, 0,
-                    {p.rows, t.columns, p.depth, segments, p.mixed, p.mixed_segment, p.mixed_row, 1, nullptr,
-                     t.columns, p.segment_rows * t.columns, p.start, p.start_row, p.C, p.c_row});
+template <class T, class InA = T, class InC = T>
+AUFAST_INLINE void multiply_node(const Thetas<T>& t, int64_t segments, const NodeProduct<T, InA, InC>& p) {
+  multiply_theta<T, InA, InC>(
+      t, t.theta, p.node * t.stride() + t.pool[p.pool].theta + p.begin * t.columns, 0,
+      {p.rows, t.columns, p.depth, segments, p.mixed, p.mixed_segment, p.mixed_row, t.columns,
+       p.segment_rows * t.columns, p.start, p.start_row, p.C, p.c_row, p.scratch});
 }
 
 // Rounds rows to bfloat16 in place where products take pairs: row r keeps its address and takes half its
@@ -328,6 +471,25 @@ AUFAST_INLINE void pair_rounded_rows(const Thetas<T>& t, T* rows, int64_t count,
 #endif
 }
 
+// The same from rows of bfloat16, `from_row` apart.
+template <class T>
+AUFAST_INLINE void pair_low_rows(T* to, const uint16_t* from, int64_t from_row, int64_t count,
+                                 int64_t width) {
+#if AUFAST_BF16
+  const auto widened = [](const uint16_t* row) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)));
+  };
+  for (int64_t r = 0; r < count; r += 2, to += 2 * width, from += 2 * from_row)
+    for (int64_t k = 0; k < width; k += 16) {
+      const __m512i high =
+          r + 1 < count ? _mm512_slli_epi32(widened(from + from_row + k), 16) : _mm512_setzero_si512();
+      _mm512_storeu_si512(to + k, _mm512_or_si512(widened(from + k), high));
+    }
+#else
+  (void)to, (void)from, (void)from_row, (void)count, (void)width;
+#endif
+}
+
 // C(k, :) += Σ_r A(r, k) B(r, :) over `rows` rows, or = where `fresh`; both in pairs of rows where products
 // take pairs. With a_width = 0, A is 1 everywhere.
 template <class T>
@@ -351,7 +513,7 @@ AUFAST_INLINE void sum_over_rows(const Thetas<T>& t, const SumOverRows<T>& p, co
       const uint32_t* A = p.a_width == 0 ? &kOnes : reinterpret_cast<const uint32_t*>(p.A);
       return multiply_pairs({p.count, p.columns, (p.rows + 1) / 2, 1, A, 0, a_row, 2 * p.a_width,
                              reinterpret_cast<const uint32_t*>(p.B), 2 * p.b_row, 0, start, start_row, p.C,
-                             p.columns, false});
+                             p.columns, false, nullptr});
     }
 #endif
   const T one = 1;
@@ -379,8 +541,10 @@ void thetas_backward(const Thetas<T>& t, Team& team, const T* zeros, bool add_we
     if (t.grad_Q == nullptr) return;
     T* partial = t.partial_Q + item * m * ce;
     for (int64_t i = 0; i < m * ce; ++i) partial[i] = 0;
-    dot_products<T>(
-        {m, ce, 1, length, grad_theta, t.block, 0, pool.weights + offset, pool_size, 0, partial, ce});
+    with_weights<T>(pool, [&]<class W>(const W* weights) {
+      dot_products<T, T, W>(
+          {m, ce, 1, length, grad_theta, t.block, 0, weights + offset, pool_size, 0, partial, ce});
+    });
   });
   if (t.grad_Q == nullptr) return;
   team.phase(m, [&](int64_t i) {
@@ -402,11 +566,13 @@ void transpose_block(const TransposedPool<T>& pool, const Thetas<T>& t, Group gr
   for (int64_t e = 0; e < t.embeddings; ++e) {
     T* to = scratch + e * kTransposed * row;
     for (int64_t i = 0; i < width * row; i += lanes<T>) store<T>(to + i, vec<T>{});
-    const T* from = pool.weights + (e * pool.segments + segment) * rows * pool.columns + begin;
-    for (int64_t r = 0; r < rows; ++r, from += pool.columns) {
-      T* column = to + (r < pool.first ? r : padded<T>(pool.first) + r - pool.first);
-      for (int64_t n = 0; n < width; ++n) column[n * row] = from[n];
-    }
+    with_weights<T>(pool, [&]<class W>(const W* weights) {
+      const W* from = weights + (e * pool.segments + segment) * rows * pool.columns + begin;
+      for (int64_t r = 0; r < rows; ++r, from += pool.columns) {
+        T* column = to + (r < pool.first ? r : padded<T>(pool.first) + r - pool.first);
+        for (int64_t n = 0; n < width; ++n) column[n * row] = value_of(from + n);
+      }
+    });
   }
   const int64_t offset = group.begin * pool.block + pool.theta + (segment * pool.live + begin) * row;
   T* to = t.pairs == nullptr ? t.theta + offset : scratch + t.embeddings * kTransposed * row;

@@ -83,12 +83,13 @@ inline Isa isa() {
 }  // namespace aufast
 
 #if defined(__x86_64__)
-#define AUFAST_PICK(function)                      \
-  (::aufast::isa() >= ::aufast::Isa::avx512_bf16   \
-       ? &isa_avx512_bf16::function                \
-       : (::aufast::isa() == ::aufast::Isa::avx512 \
-              ? &isa_avx512::function              \
-              : (::aufast::isa() == ::aufast::Isa::avx2 ? &isa_avx2::function : &isa_baseline::function)))
+#define AUFAST_PICK(...)                                                         \
+  (::aufast::isa() >= ::aufast::Isa::avx512_bf16                                 \
+       ? &isa_avx512_bf16::__VA_ARGS__                                           \
+       : (::aufast::isa() == ::aufast::Isa::avx512                               \
+              ? &isa_avx512::__VA_ARGS__                                         \
+              : (::aufast::isa() == ::aufast::Isa::avx2 ? &isa_avx2::__VA_ARGS__ \
+                                                        : &isa_baseline::__VA_ARGS__)))
 #else
-#define AUFAST_PICK(function) (&isa_baseline::function)
+#define AUFAST_PICK(...) (&isa_baseline::__VA_ARGS__)
 #endif

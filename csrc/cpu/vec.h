@@ -95,13 +95,64 @@ AUFAST_INLINE vec<float> load_bf16(const uint16_t* p) {
 }
 // Round to nearest even: add 0x7fff plus the lowest kept bit, then cut; a NaN keeps its top half, made quiet.
 AUFAST_INLINE vec_half_bits to_bf16(vec<float> v) {
+#if AUFAST_BF16  // in one instruction, for which numbers below 2^-126 are zero
+  return reinterpret_cast<vec_half_bits>(_mm512_maskz_cvtneps_pbh(0xffff, reinterpret_cast<__m512>(v)));
+#else
   const vec_word word = reinterpret_cast<vec_word>(v);
   const vec_word rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
   const vec_word quiet = (word >> 16) | 0x40u;
   return __builtin_convertvector(v == v ? rounded : quiet, vec_half_bits);
+#endif
 }
 AUFAST_INLINE void store_bf16(uint16_t* p, vec<float> v) {
   *reinterpret_cast<vec_half_bits_unaligned*>(p) = to_bf16(v);
+}
+
+// Elements stored as T, uint16_t being bfloat16, and acc<T>, what is computed in.
+template <class T>
+struct AccOf {
+  typedef T type;
+};
+template <>
+struct AccOf<uint16_t> {
+  typedef float type;
+};
+template <class T>
+using acc = typename AccOf<T>::type;
+
+template <class T>
+AUFAST_INLINE vec<acc<T>> load_as(const T* p) {
+  if constexpr (sizeof(T) == 2) {
+    return load_bf16(p);
+  } else {
+    return load<T>(p);
+  }
+}
+template <class T>
+AUFAST_INLINE void store_as(T* p, vec<acc<T>> v) {
+  if constexpr (sizeof(T) == 2) {
+    store_bf16(p, v);
+  } else {
+    store<T>(p, v);
+  }
+}
+
+template <class T>
+AUFAST_INLINE T value_of(const T* p) {
+  return *p;
+}
+AUFAST_INLINE float value_of(const uint16_t* p) {
+  const uint32_t word = static_cast<uint32_t>(*p) << 16;
+  float value;
+  __builtin_memcpy(&value, &word, 4);
+  return value;
+}
+
+// The bits of a float that is a bfloat16 value.
+AUFAST_INLINE uint32_t upper_half(float value) {
+  uint32_t word;
+  __builtin_memcpy(&word, &value, 4);
+  return word & 0xffff0000u;
 }
 
 // Two rows as the pairs (a_i, b_i) that a bfloat16 dot product takes, a in the low half.

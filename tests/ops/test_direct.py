@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,6 +32,16 @@ CALLS = {
         ops.graph_conv,
         reference.graph_conv,
         lambda: (torch.randn(2, 3, 4), torch.randn(3, 2), torch.randn(3, 2), torch.randn(2, 4, 5)),
+    ),
+    "graph_gru": (
+        lambda *inputs: ops.graph_gru(*inputs)[0],
+        lambda *inputs: reference.graph_gru(*inputs)[0],
+        lambda: (torch.randn(2, 3, 3, 4), *torch.randn(2, 3, 2), *torch.randn(3, 2, 6, 2)),
+    ),
+    "region_conv": (
+        ops.region_conv,
+        reference.region_conv,
+        lambda: (torch.randn(2, 3, 4, 6), torch.randn(2, 2, 4, 3, 3, 3), torch.randn(2, 2, 4)),
     ),
 }
 
@@ -75,6 +86,59 @@ def test_gradients_are_recorded(remembered) -> None:
         assert not function(*leaves).requires_grad
     with torch.inference_mode():
         assert function(*leaves).is_inference()
+
+
+@pytest.fixture
+def leaves(remembered) -> list[Tensor]:
+    """Inputs of a call that passed with gradients wanted, so that the next one goes the short way."""
+    function, _, inputs = remembered
+    leaves = [value.clone().requires_grad_() for value in inputs]
+    assert "Recorded" not in function(*leaves).grad_fn.name()
+    assert "Recorded" in function(*leaves).grad_fn.name()
+    return leaves
+
+
+def test_recorded_gradients_have_the_same_bits(remembered, leaves) -> None:
+    function, _, _ = remembered
+    weights = torch.randn_like(function(*leaves))
+    for wanted in (leaves, leaves[:1], leaves[1:]):
+        short = torch.autograd.grad(function(*leaves), wanted, weights)
+        kept = direct.passed.copy()
+        direct.passed.clear()
+        long = torch.autograd.grad(function(*leaves), wanted, weights)
+        direct.passed.update(kept)
+        assert all(map(torch.equal, short, long))
+    frozen = [leaves[0].detach(), *leaves[1:]]
+    assert torch.autograd.grad(function(*frozen).sum(), leaves[1])[0].shape == leaves[1].shape
+
+
+def test_recorded_gradients_of_higher_order_batched_and_under_checkpointing(remembered, leaves) -> None:
+    function, definition, _ = remembered
+
+    def second_order(f) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(f(*leaves).pow(2).sum(), leaves[1], create_graph=True)[0]
+        return torch.autograd.grad(first.pow(2).sum(), leaves)
+
+    for found, exact in zip(second_order(function), second_order(definition), strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-3)
+    out = function(*leaves)
+    weights = torch.randn(3, *out.shape)
+    batched = torch.autograd.grad(out, leaves[1], weights, is_grads_batched=True, retain_graph=True)[0]
+    torch.testing.assert_close(batched[2], torch.autograd.grad(out, leaves[1], weights[2])[0])
+    for reentrant in (True, False):
+        again = torch.utils.checkpoint.checkpoint(function, *leaves, use_reentrant=reentrant)
+        torch.testing.assert_close(
+            torch.autograd.grad(again.sum(), leaves[1])[0]
+            if not reentrant
+            else _accumulated(again, leaves[1]),
+            torch.autograd.grad(function(*leaves).sum(), leaves[1])[0],
+        )
+
+
+def _accumulated(out: Tensor, leaf: Tensor) -> Tensor:
+    """The gradient as `backward` leaves it, which re-entrant checkpointing asks for."""
+    out.sum().backward()
+    return leaf.grad
 
 
 def test_modes_and_transforms_see_the_call(remembered) -> None:
