@@ -18,7 +18,7 @@ from aufast.label import InputError, decoder
 from aufast.label.video import Finding, VideoReader, open_regular
 from tests.label.clips import RATE, blank, cut, encode, face, moving, remux, turn_mp4
 
-LIMITS = {"max_pixels": 10**7, "memory": 4 << 30}
+LIMITS = {"max_pixels": 10**7, "memory": 4 << 30, "stall": 300.0}
 
 
 def opened(path: Path, **limits) -> VideoReader:
