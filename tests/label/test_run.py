@@ -651,7 +651,7 @@ def given_faces(tmp_path: Path, stem: str, frames: Iterable[int], step: int = 1)
     """A folder with the face's landmarks in each of these frames of a clip, so that no detector is needed."""
     from tests.label.test_faces import points, write_faces
 
-    (tmp_path / "faces").mkdir()
+    (tmp_path / "faces").mkdir(exist_ok=True)
     rows = [[k, 0, *(points(49) + [step * (k - 1), 0]).ravel()] for k in frames]
     write_faces(tmp_path / "faces" / f"{stem}.csv", rows, 98)
     return str(tmp_path / "faces")
