@@ -44,12 +44,12 @@ def measure(benchmark, run: Run, what: str, module: str | None = None) -> None:
     benchmark.extra_info["memory"] = benchmark.pedantic(peak_above_inputs, (run, module), rounds=1)
 
 
-def resident(field: str) -> int:
-    """VmRSS (now) or VmHWM (its highest so far), in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+def resident(field: str, process: int | str = "self") -> int:
+    """VmRSS (now) or VmHWM (its highest so far) of a process, in bytes."""
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
+    raise RuntimeError(f"/proc/{process}/status has no {field}")
 
 
 def main(operator: str, name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
@@ -43,7 +44,7 @@ class LabelConfig:
         device: "auto", "cpu" or "cuda".
         dtype: "float32" or "bfloat16", of feature maps; a model that was saved optimized keeps its own.
         timeout: seconds an input may take; 0 is no limit.
-        stall: seconds the decoder may take for one frame; 0 is no limit.
+        stall: seconds the decoder may take for one frame.
         memory: bytes the decoder may take.
         max_pixels: larger frames and images are refused.
     """
@@ -80,12 +81,13 @@ class LabelConfig:
             ("min_duration", 0),
             ("max_gap", 0),
             ("timeout", 0),
-            ("stall", 0),
             ("memory", 1),
             ("max_pixels", 1),
         ):
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)!r}")
+            if not least <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least {least} and finite, got {getattr(self, name)!r}")
+        if not 0 < self.stall < math.inf:  # a decoder that hangs would hang the run
+            raise ValueError(f"stall must be above 0 and finite, got {self.stall!r}")
         if not 0 < self.threshold <= 1:
             raise ValueError(f"threshold must be above 0 and at most 1, got {self.threshold!r}")
         if not self.formats or len(set(self.formats)) < len(self.formats):

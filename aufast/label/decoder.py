@@ -118,13 +118,15 @@ class _Counts:
         self._times: list[float] = []  # of packets whose frames are still to come, sorted; empty if stored
         self.packets = self.decoded = self.failed = self.damaged = 0
         self.untimed = self.backward = self.resized = 0
-        self.reached = 0.0  # seconds: end of the furthest packet of any stream
+        self.reached = self.shown = 0.0  # seconds: end of the furthest packet of any stream, and of this one
         self.last: float | None = None
         self.size: tuple[int, int] | None = None
 
     def packet(self, packet) -> None:
         """Take a packet of the stream, before it is decoded."""
-        self.packets += packet.size > 0
+        if packet.size and not packet.is_discard:  # what an edit list cuts out only serves others
+            self.packets += 1
+            self.shown = max(self.shown, _end(packet))
         if packet.pts is not None and packet.size and not self._stored:
             bisect.insort(self._times, float(packet.pts * packet.time_base))
             del self._times[:-REORDERED]  # a packet without a frame must not hold up the times after it
@@ -165,7 +167,9 @@ def _frames(out, container, stream, max_pixels: int) -> dict:
     counts = _Counts(stored=container.format.name != "avi")
     broken, started, waiting = None, time.perf_counter(), 0.0
     fps = float(stream.average_rate or stream.guessed_rate or 25)
-    packets = container.demux([s for s in container.streams if s.type in ("video", "audio")])
+    # All that can set a container's duration, subtitles that outlast the film too.
+    kinds = ("video", "audio", "subtitle", "data")
+    packets = container.demux([s for s in container.streams if s.type in kinds])
     info = _facts(stream, container)
     while True:
         try:
@@ -175,9 +179,7 @@ def _frames(out, container, stream, max_pixels: int) -> dict:
         except _broken() as error:
             broken = _reason(error)
             break
-        if packet.pts is not None:
-            end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
-            counts.reached = max(counts.reached, end)
+        counts.reached = max(counts.reached, _end(packet))
         if packet.stream is not stream:
             continue
         counts.packet(packet)
@@ -190,6 +192,11 @@ def _frames(out, container, stream, max_pixels: int) -> dict:
         what = "frames that can be decoded" if counts.failed or broken else "frames"
         return _refuse("undecodable", f"holds no {what}" + (f": {broken}" if broken else ""))
     return _finding(counts, broken, stream, container, info, fps, time.perf_counter() - started - waiting)
+
+
+def _end(packet) -> float:
+    """When what a packet holds is over, in seconds."""
+    return 0.0 if packet.pts is None else float((packet.pts + (packet.duration or 0)) * packet.time_base)
 
 
 def _pictures(codec, packet, counts: _Counts):
@@ -240,7 +247,7 @@ def _facts(stream, container) -> dict:
 def _finding(counts: _Counts, broken, stream, container, info: dict, fps: float, seconds: float) -> dict:
     """Whether anything is missing, in sentences."""
     lost, warnings = [], []
-    expected = stream.frames or None
+    expected, unseen = _expected(counts, stream, fps)
     if broken is not None:
         lost.append(f"reading broke off: {broken}")
     if counts.failed:
@@ -249,12 +256,16 @@ def _finding(counts: _Counts, broken, stream, container, info: dict, fps: float,
         lost.append(f"{counts.damaged} frames are damaged")
     if expected is not None and counts.decoded + counts.failed < expected:
         lost.append(f"the file announces {expected} frames and gives {counts.decoded}")
-    if container.duration is not None:
-        stated = (container.duration + (container.start_time or 0)) / 1e6
-        if counts.reached < stated - max(SLACK, 2 / fps):
-            lost.append(f"it ends at {counts.reached:.2f} s of the {stated:.2f} s that it announces")
+    if (stated := _missed(counts.reached, container, fps)) is not None:
+        lost.append(f"it ends at {counts.reached:.2f} s of the {stated:.2f} s that it announces")
+    if unseen and container.format.name == "avi":
+        warnings.append(f"{unseen} of its {expected + unseen} places are empty: the frame before stays on")
+    elif unseen:
+        warnings.append(f"its edit list leaves out {unseen} of the {expected + unseen} frames that it holds")
     if (silent := counts.packets - counts.decoded - counts.failed) > 0 and info["codec"] not in UNSHOWN:
-        warnings.append(f"{silent} packets give no frame")
+        # Two fields of an interlaced picture may come in two packets; but where the size changes, FFmpeg's
+        # decoders drop what they hold back.
+        (lost if counts.resized else warnings).append(f"{silent} packets give no frame")
     if counts.untimed:
         warnings.append(f"{counts.untimed} frames have no time stamp; their timestamp is left empty")
     if counts.backward:
@@ -273,6 +284,35 @@ def _finding(counts: _Counts, broken, stream, container, info: dict, fps: float,
         "video": info,
         "seconds": seconds,
     }
+
+
+def _expected(counts: _Counts, stream, fps: float) -> tuple[int | None, int]:
+    """How many frames a whole file gives, None where it does not say, and how many it counts beside them.
+
+    An MP4 counts all the frames that it holds, of which its edit list may show some; an AVI counts the places
+    of its clock, of which some may be empty. Either says how long it is shown: where that end is reached to
+    half a frame, what it counts and does not give was never to be seen.
+    """
+    if not stream.frames:
+        return None, 0
+    if stream.duration is None or stream.frames <= counts.packets:
+        return stream.frames, 0
+    end = float(((stream.start_time or 0) + stream.duration) * stream.time_base)
+    if counts.shown < end - 0.5 / fps:
+        return stream.frames, 0
+    return counts.packets, stream.frames - counts.packets
+
+
+def _missed(reached: float, container, fps: float) -> float | None:
+    """The end that a container announces and that its packets do not reach; None where they do."""
+    if container.duration is None:
+        return None
+    slack = max(SLACK, 2 / fps)
+    start, length = (container.start_time or 0) / 1e6, container.duration / 1e6
+    # Some programs write into a Matroska file when it ends, others how long it lasts.
+    if "matroska" in container.format.name and abs(reached - length) <= slack:
+        return None
+    return start + length if reached < start + length - slack else None
 
 
 if __name__ == "__main__":

@@ -27,6 +27,10 @@ from aufast.label.video import Frame
 
 SAME_FACE = 0.3  # the overlap, intersection over union, from which two boxes are one face
 FORGET = 30  # frames after which a face that comes back is a new one
+AHEAD = (
+    256 << 20
+)  # bytes of pixels that may wait where threads follow faces side by side or pictures are kept
+LONG = 100  # frames of a stretch that are read ahead at most
 
 
 @dataclass(eq=False)
@@ -141,33 +145,35 @@ class FaceStage:
             given: faces in place of the detector's.
         """
         config = self._config
-        # At most workers + 1 pieces wait for a thread with their pixels, and two batches wait for the model.
-        slots = threading.Semaphore(config.workers + 1)
-        ready: queue.Queue[Future | BaseException | None] = queue.Queue(
-            max(2, 2 * config.batch // config.detect_every)
-        )
-        stopped = threading.Event()
+        length = 1 if given is not None else config.detect_every
+        room = _Room(config.workers + 1, AHEAD if length > 1 or self._keep_images else 0)
+        ahead = max(2 * config.batch, config.workers * min(length, LONG))
+        ready: queue.Queue[Future | BaseException | None] = queue.Queue(ahead)
 
         def put(item: Future | BaseException | None) -> None:
-            while not stopped.is_set():
+            while not room.closed:
                 try:
                     return ready.put(item, timeout=0.1)
                 except queue.Full:
                     continue
 
         def feed() -> None:
+            stretch = _Stretch((0, 0, 0), 0)  # as long as it can be
             try:
-                for piece in pieces(frames, 1 if given is not None else config.detect_every):
-                    slots.acquire()
-                    if stopped.is_set():
+                for frame in frames:
+                    known = None if given is None else given.of(frame.index)
+                    if not room.take(frame.image.nbytes):
                         return
-                    known = None if given is None else given.of(piece[0].index)
-                    future = self._pool.submit(self._timed, piece, known)
-                    future.add_done_callback(lambda _: slots.release())
-                    put(future)
+                    if not stretch.fits(frame.image):
+                        stretch.end()
+                        stretch = _Stretch(frame.image.shape, length)
+                        self._pool.submit(self._work, stretch, room)
+                    put(stretch.add(frame, known))
                 put(None)
             except BaseException as error:  # the reader's own thread raises it again
                 put(error)
+            finally:
+                stretch.end()
 
         feeder = threading.Thread(target=feed, name="frames", daemon=True)
         feeder.start()
@@ -176,35 +182,51 @@ class FaceStage:
             while (item := ready.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
-                for seen in item.result():
-                    if given is None:
-                        identities.assign(seen.index, seen.faces)
-                    seen.faces.sort(key=lambda face: face.face_id)
-                    yield seen
+                seen = item.result()
+                if seen.image is not None:
+                    room.give(seen.image.nbytes)
+                if given is None:
+                    identities.assign(seen.index, seen.faces)
+                seen.faces.sort(key=lambda face: face.face_id)
+                yield seen
         finally:
-            stopped.set()
+            room.close()
             feeder.join()
 
-    def _timed(self, piece: list[Frame], known: list[GivenFace] | None) -> list[Seen]:
-        start = time.perf_counter()
-        found = self._find(piece) if known is None else [self._take(piece[0], known)]
-        with self._lock:
-            self.seconds += time.perf_counter() - start
-        return found
+    def _work(self, stretch: _Stretch, room: _Room) -> None:
+        """Detect in a stretch's first frame and follow in the others, or take given faces, frame by frame."""
+        last: tuple[np.ndarray, list[Face | None]] | None = None  # the first frame, until a second one comes
+        tracker: FaceTracker | None = None
+        while (item := stretch.frames.get()) is not None:
+            frame, known, future = item
+            start = time.perf_counter()
+            try:
+                if known is not None:
+                    seen = self._take(frame, known)
+                elif last is None and tracker is None:
+                    faces: list[Face | None] = list(self._own_detector().detect(frame.image))
+                    last = frame.image, faces
+                    seen = self._align(frame, faces)
+                else:
+                    if tracker is None:
+                        tracker = FaceTracker(self._own_detector().landmarker, *last)
+                        last = None
+                    seen = self._align(frame, tracker.follow(frame.image))
+                future.set_result(seen)
+            except BaseException as error:  # told where the frame is asked for
+                future.set_exception(error)
+            if not self._keep_images:
+                room.give(frame.image.nbytes)
+            with self._lock:
+                self.seconds += time.perf_counter() - start
 
-    def _find(self, piece: list[Frame]) -> list[Seen]:
-        """Detect in the first frame, follow in the others."""
+    def _own_detector(self) -> FaceDetector:
+        """This thread's."""
         if not hasattr(self._own, "detector"):
             with self._lock:
                 spare = self._spare.pop() if self._spare else None
             self._own.detector = spare or self._detector()
-        detector = self._own.detector
-        faces: list[Face | None] = list(detector.detect(piece[0].image))
-        seen = [self._align(piece[0], faces)]
-        if len(piece) > 1:
-            tracker = FaceTracker(detector.landmarker, piece[0].image, faces)
-            seen += [self._align(frame, tracker.follow(frame.image)) for frame in piece[1:]]
-        return seen
+        return self._own.detector
 
     def _detector(self) -> FaceDetector:
         config = self._config
@@ -250,13 +272,68 @@ class FaceStage:
         return Seen(frame.index, frame.time, frame.image if self._keep_images else None, found)
 
 
-def pieces(frames: Iterable[Frame], length: int) -> Iterator[list[Frame]]:
-    """Runs of at most `length` frames of one size: a tracker cannot follow from one size to another."""
-    piece: list[Frame] = []
-    for frame in frames:
-        if piece and (len(piece) == length or frame.image.shape != piece[0].image.shape):
-            yield piece
-            piece = []
-        piece.append(frame)
-    if piece:
-        yield piece
+class _Stretch:
+    """Frames of one size in a row, for one thread: a tracker cannot follow from one size to another.
+
+    Args:
+        shape: of the frames.
+        length: how many there are at most.
+    """
+
+    def __init__(self, shape: tuple[int, ...], length: int):
+        self._shape, self._left = shape, length
+        self.frames: queue.SimpleQueue[tuple[Frame, list[GivenFace] | None, Future] | None]
+        self.frames = queue.SimpleQueue()
+
+    def fits(self, image: np.ndarray) -> bool:
+        """Whether a frame can be the next."""
+        return self._left > 0 and image.shape == self._shape
+
+    def add(self, frame: Frame, known: list[GivenFace] | None) -> Future:
+        """Hand a frame over; what is found in it comes later."""
+        future: Future[Seen] = Future()
+        self._left -= 1
+        self.frames.put((frame, known, future))
+        return future
+
+    def end(self) -> None:
+        """Let the thread go."""
+        self.frames.put(None)
+
+
+class _Room:
+    """How many pixels may wait: those of a few frames, and of more while they take little.
+
+    Args:
+        frames: that may wait in any case.
+        size: bytes that more of them may take.
+    """
+
+    def __init__(self, frames: int, size: int):
+        self._frames, self._size = frames, size
+        self._count = self._bytes = 0
+        self._changed = threading.Condition()
+        self.closed = False
+
+    def take(self, size: int) -> bool:
+        """Wait until a frame of `size` bytes has room; False where nobody waits for it any more."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self.closed or self._count < self._frames or self._bytes + size <= self._size
+            )
+            self._count += 1
+            self._bytes += size
+            return not self.closed
+
+    def give(self, size: int) -> None:
+        """A frame is done with."""
+        with self._changed:
+            self._count -= 1
+            self._bytes -= size
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Nobody waits any more."""
+        with self._changed:
+            self.closed = True
+            self._changed.notify_all()

@@ -13,7 +13,7 @@ import numpy as np
 
 from aufast.label.config import LIMITS, InputError, LabelConfig
 from aufast.label.files import OutputError, Source, writing
-from aufast.label.finding import FaceStage, Seen
+from aufast.label.finding import AHEAD, FaceStage, Seen
 from aufast.label.given import GivenFaces, faces_file
 from aufast.label.recognizing import NOT_FINITE, Recognizer
 from aufast.label.tables import Sink, columns, rows
@@ -252,15 +252,16 @@ class _Job:
         stage.seconds = 0.0
         seen_frames = stage.run(frames, given)
         pending: list[Seen] = []
-        faces = 0
+        faces = size = 0
         try:
             for seen in seen_frames:
                 pending.append(seen)
                 faces += sum(face.aligned is not None for face in seen.faces)
+                size += 0 if seen.image is None else seen.image.nbytes
                 # Frames without a face cost nothing, but they are not to be kept for ever.
-                if faces >= recognizer.batch or len(pending) >= 4 * recognizer.batch:
+                if faces >= recognizer.batch or len(pending) >= 4 * recognizer.batch or size >= AHEAD:
                     self._flush(pending, image)
-                    pending, faces = [], 0
+                    pending, faces, size = [], 0, 0
             self._flush(pending, image)
         finally:
             last()

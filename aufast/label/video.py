@@ -79,7 +79,7 @@ class VideoReader:
         max_pixels: a frame may have.
         memory: bytes the decoder may take.
         timeout: seconds until the decoder is ended; 0 is never.
-        stall: seconds that the reader waits for one frame before it ends the decoder; 0 is for ever.
+        stall: seconds that the reader waits for one frame before it ends the decoder.
 
     Raises:
         ImportError: PyAV is not installed.
@@ -87,9 +87,7 @@ class VideoReader:
             told by `finding`.
     """
 
-    def __init__(
-        self, file: IO[bytes], *, max_pixels: int, memory: int, timeout: float = 0.0, stall: float = 0.0
-    ):
+    def __init__(self, file: IO[bytes], *, max_pixels: int, memory: int, stall: float, timeout: float = 0.0):
         self.finding = Finding()
         self._expired = ""  # why the decoder was ended
         if importlib.util.find_spec("av") is None:
@@ -113,8 +111,7 @@ class VideoReader:
         self._timeout, self._stall = timeout, stall
         self._started = self._asked = time.monotonic()  # `_asked` is None while nobody waits for a frame
         self._closed = threading.Event()
-        if timeout or stall:
-            threading.Thread(target=self._watch, name="decoder's time", daemon=True).start()
+        threading.Thread(target=self._watch, name="decoder's time", daemon=True).start()
 
     def __enter__(self) -> VideoReader:
         return self
@@ -150,9 +147,7 @@ class VideoReader:
             asked, now = self._asked, time.monotonic()
             rests = {
                 "the time for it was up": self._started + (self._timeout or math.inf) - now,
-                f"the decoder gave nothing for {self._stall:g} s": (asked or now)
-                + (self._stall or math.inf)
-                - now,
+                f"the decoder gave nothing for {self._stall:g} s": (asked or now) + self._stall - now,
             }
             why, rest = min(rests.items(), key=lambda item: item[1])
             if rest <= 0:

@@ -76,6 +76,30 @@ def encode(
     return path
 
 
+def remux(path: Path, target: Path, shift: float = 0.0, without: Sequence[int] = (), **options: str) -> Path:
+    """Copy a video's packets into another file; its frames are to be stored in the order of showing.
+
+    Args:
+        path: the video.
+        target: the file to write.
+        shift: seconds that are added to its time stamps. What comes to lie before zero is cut out by an edit
+            list, where the target is an MP4.
+        without: packets that are left out, from 0.
+        options: of the container.
+    """
+    import av
+
+    with av.open(str(path)) as source, av.open(str(target), "w", options=options) as container:
+        stream = source.streams.video[0]
+        copy = container.add_stream_from_template(stream)
+        for k, packet in enumerate(packet for packet in source.demux(stream) if packet.size):
+            if k not in without:
+                packet.pts = packet.dts = packet.pts + round(shift / packet.time_base)
+                packet.stream = copy
+                container.mux(packet)
+    return target
+
+
 def turn_mp4(path: Path) -> Path:
     """Have an MP4 say that it is shown a quarter to the right, as a telephone's does."""
     content = bytearray(path.read_bytes())

@@ -8,7 +8,8 @@ import itertools
 import json
 import re
 import time
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,8 @@ import pytest
 from PIL import Image
 
 from aufast.faces import Face, FaceDetector, landmarks_49
-from aufast.label import InputError, LabelConfig, label_files
-from aufast.label.finding import FORGET, FaceStage, FoundFace, Identities, overlap, pieces
+from aufast.label import InputError, LabelConfig, finding, label_files
+from aufast.label.finding import FORGET, FaceStage, FoundFace, Identities, overlap
 from aufast.label.given import GivenFaces, faces_file
 from aufast.label.video import Frame
 from tests.label.clips import blank, encode, face, moving
@@ -108,10 +109,50 @@ def test_ids_come_back_after_a_pause_and_not_after_a_long_one() -> None:
     assert assign(3 + 2 * FORGET, (10, 0, 110, 100), (0, 0, 90, 100)) == [4, 2], "the nearer one"
 
 
-def test_a_tracker_never_sees_two_sizes() -> None:
-    frames = [Frame(k, None, blank(8, 8 + (k > 2))) for k in range(7)]
-    assert [[f.index for f in piece] for piece in pieces(frames, 3)] == [[0, 1, 2], [3, 4, 5], [6]]
-    assert [[f.index for f in piece] for piece in pieces(frames, 2)] == [[0, 1], [2], [3, 4], [5, 6]]
+@pytest.mark.parametrize(("every", "starts"), [(3, [0, 3, 6]), (2, [0, 2, 3, 5])])
+def test_a_tracker_never_sees_two_sizes(every: int, starts: list[int], monkeypatch) -> None:
+    """The detector looks at every K-th frame, and anew where the size changes."""
+    sides, followed = [80, 80, 80, 81, 81, 81, 81], []
+
+    class Tracker:
+        def __init__(self, landmarker, image, faces) -> None:
+            self.shape = image.shape
+
+        def follow(self, image):
+            assert image.shape == self.shape
+            followed.append(int(image[0, 0, 0]))
+            return []
+
+    monkeypatch.setattr(finding, "FaceTracker", Tracker)
+    images = [np.full((80, side, 3), k, np.uint8) for k, side in enumerate(sides)]
+    assert [seen.index for seen in find(images, detect_every=every, workers=2)] == list(range(7))
+    assert sorted(followed) == [k for k in range(7) if k not in starts]
+
+
+@pytest.mark.parametrize("options", [{}, {"overlay": True}], ids=["tables", "pictures"])
+@pytest.mark.parametrize("every", [1, 10_000])
+def test_no_setting_keeps_more_pixels_than_a_bound(every: int, options: dict, monkeypatch) -> None:
+    """However long the tracker follows, the frames that are alive at a time take so much at most."""
+    size, alive, most = blank(80, 80).nbytes, [0], [0]
+    monkeypatch.setattr(finding, "AHEAD", 10 * size)
+
+    def gone() -> None:
+        alive[0] -= 1
+
+    def frames() -> Iterator[Frame]:
+        for k in range(300):
+            image = np.full((80, 80, 3), 90, np.uint8)
+            weakref.finalize(image, gone)
+            alive[0] += 1
+            most[0] = max(most[0], alive[0])
+            yield Frame(k, None, image)
+
+    stage = FaceStage(LabelConfig("unused", workers=2, detect_every=every, batch=8, **options), SIZE)
+    assert sum(1 for _ in stage.run(frames())) == 300
+    stage.close()
+    # Those that may wait, one that waits to be taken, one that each thread has done, the reader's, and the
+    # tracker's first.
+    assert most[0] <= (10 if every > 1 or options else 3) + 1 + 2 + 1 + 1, most
 
 
 def test_frames_are_read_ahead_only_so_far() -> None:

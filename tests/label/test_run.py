@@ -651,7 +651,7 @@ def given_faces(tmp_path: Path, stem: str, frames: Iterable[int], step: int = 1)
     """A folder with the face's landmarks in each of these frames of a clip, so that no detector is needed."""
     from tests.label.test_faces import points, write_faces
 
-    (tmp_path / "faces").mkdir()
+    (tmp_path / "faces").mkdir(exist_ok=True)
     rows = [[k, 0, *(points(49) + [step * (k - 1), 0]).ravel()] for k in frames]
     write_faces(tmp_path / "faces" / f"{stem}.csv", rows, 98)
     return str(tmp_path / "faces")
@@ -675,10 +675,17 @@ def test_the_command(tmp_path: Path, models: dict[str, str], capsys) -> None:
     assert len(list((tmp_path / "out").glob("*.elan.tsv"))) == 2
     assert main([*arguments, str(tmp_path / "nothing.mp4"), str(inputs / "face.png")]) == 3
     assert "undecodable: " in capsys.readouterr().out
-    for wrong in (["--shard", "1"], ["--threshold", "2"], ["--batch", "0"], ["--timeout", "-1"]):
+    for wrong in (
+        ["--shard", "1"],
+        ["--threshold", "2"],
+        ["--batch", "0"],
+        ["--timeout", "-1"],
+        ["--timeout", "inf"],
+        ["--stall", "0"],
+    ):
         assert main([*arguments, str(inputs), *wrong]) == 1
         assert re.match(
-            r"aufast: .*(shard|threshold|batch|timeout)", capsys.readouterr().err.splitlines()[-1]
+            r"aufast: .*(shard|threshold|batch|timeout|stall)", capsys.readouterr().err.splitlines()[-1]
         )
     assert main(["label", str(inputs), "--model", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
     assert "a model folder holds" in capsys.readouterr().err

@@ -8,7 +8,6 @@ import signal
 import sys
 import threading
 import time
-from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,9 +16,9 @@ import pytest
 
 from aufast.label import InputError, decoder
 from aufast.label.video import Finding, VideoReader, open_regular
-from tests.label.clips import RATE, blank, cut, encode, face, moving, turn_mp4
+from tests.label.clips import RATE, blank, cut, encode, face, moving, remux, turn_mp4
 
-LIMITS = {"max_pixels": 10**7, "memory": 4 << 30}
+LIMITS = {"max_pixels": 10**7, "memory": 4 << 30, "stall": 300.0}
 
 
 def opened(path: Path, **limits) -> VideoReader:
@@ -155,10 +154,11 @@ def test_avi_frames_have_rising_time_stamps(tmp_path: Path, codec: str, bframes:
         assert np.abs(frame.image.astype(int) - expected).mean() < 8, "and they belong to their pictures"
 
 
-def test_26_negative_time_stamps_stay_negative() -> None:
-    """FFmpeg writes none, so the frame is made by hand."""
-    frame = SimpleNamespace(pts=-5, time_base=Fraction(1, 30))
-    assert decoder._Counts(stored=True).time(frame, None) == -5 / 30
+def test_26_negative_time_stamps_stay_negative(tmp_path: Path) -> None:
+    source = encode(tmp_path / "a.mp4", moving(30), options={"bf": "0"})
+    found, finding = read(remux(source, tmp_path / "a.ts", shift=-0.5, avoid_negative_ts="disabled"))
+    assert [f.time for f in found] == pytest.approx([k / RATE - 0.5 for k in range(30)], abs=1e-4)
+    assert finding.status == "ok" and not finding.warnings
 
 
 def test_avi_times_go_on_after_a_packet_that_fails(tmp_path: Path) -> None:
