@@ -75,7 +75,7 @@ using torch::stable::Tensor;
 constexpr int64_t kEnoughItems = 16;         // below, the forward also splits the regions of an image
 constexpr int64_t kCachedBytes = 160 << 10;  // of an item's maps, well inside the second cache
 constexpr int64_t kStagedBytes = 12 << 10;   // of a region's points, well inside the first
-constexpr int64_t kLine = 64;      // bytes
+constexpr int64_t kLine = 64;                // bytes
 constexpr int kWantFeatures = 1, kWantRois = 2;
 
 // How many items one thread should at least have, for waking another to pay.
