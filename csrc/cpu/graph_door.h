@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <memory>
 
+#include "dense.h"
 #include "graph_common.h"
 #include "pages.h"
 
@@ -211,10 +212,6 @@ class Door {
   };
   static constexpr ScalarType type() { return sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double; }
   static bool native(ScalarType dtype) { return dtype == type(); }
-  // Asking the dispatcher costs more than a small array's whole conversion.
-  static Tensor dense_of(const Tensor& tensor) {
-    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-  }
 
   Conversions conversions_;
   std::vector<Tensor> kept_, arrays_;

@@ -18,6 +18,7 @@
 #include <tuple>
 #include <vector>
 
+#include "dense.h"
 #include "image.h"
 #include "isa.h"
 #include "pages.h"
@@ -410,11 +411,6 @@ void dispatch(ScalarType features, ScalarType rois, const Body& body) {
   }
 }
 
-// Asking the dispatcher costs a tenth of a small call.
-Tensor dense(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
 Tensor roi_crop(Tensor features, Tensor rois, int64_t out_height, int64_t out_width, bool align_corners) {
   if (features.scalar_type() == ScalarType::Half) {
     const Tensor wide = torch::stable::to(features, ScalarType::Float);
@@ -422,8 +418,8 @@ Tensor roi_crop(Tensor features, Tensor rois, int64_t out_height, int64_t out_wi
   }
   const Shape s = shape_of(features, rois, out_height, out_width, align_corners);
   const bool channels_last = is_channels_last(features);
-  if (!channels_last) features = dense(features);
-  rois = dense(rois);
+  if (!channels_last) features = dense_of(features);
+  rois = dense_of(rois);
   Tensor out = channels_last
                    ? torch::stable::new_empty(features, {s.batch, s.rois, out_height, out_width, s.channels})
                    : torch::stable::new_empty(features, {s.batch, s.rois, s.channels, out_height, out_width});
@@ -454,10 +450,10 @@ std::tuple<Tensor, Tensor> roi_crop_backward(Tensor grad, Tensor features, Tenso
   if (channels_last) {
     grad = torch::stable::transpose(torch::stable::transpose(grad, 2, 3), 3, 4);  // (B, R, h, w, C)
   } else {
-    features = dense(features);
+    features = dense_of(features);
   }
-  grad = dense(grad);
-  rois = dense(rois);
+  grad = dense_of(grad);
+  rois = dense_of(rois);
   const bool want_features = needs & kWantFeatures, want_rois = needs & kWantRois;
   Tensor grad_features =
       want_features ? torch::stable::empty_like(features) : torch::stable::new_empty(features, {0});
