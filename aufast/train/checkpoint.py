@@ -182,7 +182,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
         if not known or value.shape not in ((), parameters[int(index)].shape):
             raise ValueError(f"{MOMENTS}: {key!r} of shape {tuple(value.shape)} belongs to no parameter here")
         if value.dim():
-            # Fused updates walk over memory and look at no strides: a moment has to lie as its parameter does.
+            # Fused updates walk over memory and look at no strides: a moment lies as its parameter does.
             like = parameters[int(index)]
             value = torch.empty_like(like, dtype=value.dtype).copy_(value)
         state.setdefault(int(index), {})[name] = value
