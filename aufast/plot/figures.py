@@ -145,7 +145,11 @@ def plot_curves(curves: dict[str, tuple[Sequence[int], Sequence[float]]]) -> Fig
 
 
 def mark_synthetic(figure: Figure) -> None:
-    """Say on a figure, in its heading, that the faces it is about were drawn."""
+    """Say in the heading of a picture that the faces it is about were drawn.
+
+    Args:
+        figure: gets the word before its heading, or as its heading.
+    """
     before = figure.get_suptitle()
     figure.suptitle(f"SYNTHETIC faces: {before}" if before else "SYNTHETIC faces", fontsize=10)
 

@@ -105,9 +105,9 @@ def _move_link(run: Path, link: Link, name: str) -> None:
 
 def linked(run: Path, link: Link) -> Path:
     """The checkpoint of a name: `best` is the last one too where a kill came between the two moves."""
-    last = run / "last"
-    is_best = last.exists() and "best" in read_position(last).links
-    return last if link == "best" and is_best else run / link
+    last, named = run / "last", run / link
+    behind = link == "best" and last.exists() and named.resolve() != last.resolve()
+    return last if behind and "best" in read_position(last).links else named
 
 
 def finish_links(run: Path) -> None:
@@ -181,5 +181,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
         known = index.isdecimal() and int(index) < len(parameters)
         if not known or value.shape not in ((), parameters[int(index)].shape):
             raise ValueError(f"{MOMENTS}: {key!r} of shape {tuple(value.shape)} belongs to no parameter here")
+        if value.dim():
+            # Fused updates walk over memory and look at no strides: a moment lies as its parameter does.
+            like = parameters[int(index)]
+            value = torch.empty_like(like, dtype=value.dtype).copy_(value)
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -274,7 +274,8 @@ class Trainer:
         allowed = SKIPS if self.scaler.is_enabled() else 1
         if not math.isfinite(loss) or self.skipped == allowed:
             raise ValueError(self._complaint(loss, norm, losses, step_batches))
-        self.scaler.step(optimizer)
+        if not self.skipped:  # asked here: the scaler would have a fused first step leave its moments unset
+            self.scaler.step(optimizer)
         self.scaler.update()
         return loss, norm, stop
 
