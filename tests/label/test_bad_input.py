@@ -430,7 +430,7 @@ VIDEOS = [
         "an edit list, and the file's end is lost",
         again("edited and cut.mp4", lambda p: cut(p, 0.97), shift=-0.5, movflags="faststart"),
         "partial",
-        "it ends at|could not be decoded; the file announces 30 frames",  # encoders pack a file's end differently
+        "it ends at|could not be decoded; the file announces 30 frames",  # or within its last packet
     ),
     Case(
         32,
