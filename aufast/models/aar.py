@@ -121,7 +121,7 @@ class AAROutput(NamedTuple):
     """(B, T, m)."""
 
 
-class TapSums(torch.autograd.Function):
+class _TapSums(torch.autograd.Function):
     """For each tap of a zero-padded 3×3 convolution the sum of the pixels that it meets.
 
     A tap of the filter's first row never meets the map's last row, one of its last row not the first; columns
@@ -157,6 +157,10 @@ class TapSums(torch.autograd.Function):
 
         return spread(spread(grad, 2), 1)
 
+
+class TapSums(_TapSums):
+    """The same with forward mode, which `torch.compile` does not take."""
+
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> Tensor:
         """Forward mode: sums are linear."""
@@ -176,7 +180,8 @@ def pooled_conv(x: Tensor, conv: nn.Conv2d | OneConv) -> Tensor:
     Returns:
         (N, C_out), equal to `conv(x).mean((2, 3))`.
     """
-    sums = TapSums.apply(full_precision(x).permute(0, 2, 3, 1))  # (N, 3, 3, C_in)
+    taps = _TapSums if torch.compiler.is_compiling() else TapSums
+    sums = taps.apply(full_precision(x).permute(0, 2, 3, 1))  # (N, 3, 3, C_in)
     means = (sums / (x.shape[2] * x.shape[3])).permute(0, 3, 1, 2).to(conv.weight.dtype)
     return F.conv2d(means, conv.weight, conv.bias, groups=conv.groups).flatten(1)  # (N, C_out)
 

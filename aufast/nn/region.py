@@ -19,7 +19,7 @@ def _mean_of(patches: Tensor) -> Tensor:
     return columns.unflatten(3, patches.shape[4:]).mean((0, 4))[None, :, :, None, :, None]
 
 
-class PatchStatistics(torch.autograd.Function):
+class _PatchStatistics(torch.autograd.Function):
     """Biased variance and mean of every patch and channel.
 
     Two passes of sums in place of `torch.var_mean`, which goes number by number, and a gradient in one pass
@@ -37,7 +37,6 @@ class PatchStatistics(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(*inputs, output[1])
-        ctx.save_for_forward(*inputs, output[1])
 
     @staticmethod
     def backward(ctx: Any, d_variance: Tensor, d_mean: Tensor) -> Tensor:
@@ -46,6 +45,15 @@ class PatchStatistics(torch.autograd.Function):
         count = patches.numel() // mean.numel()
         slope = d_variance * (2 / count)
         return torch.addcmul(d_mean / count - slope * mean, patches, slope)
+
+
+class PatchStatistics(_PatchStatistics):
+    """The same with forward mode, which `torch.compile` does not take."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        _PatchStatistics.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs, output[1])
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,8 +129,9 @@ class PatchBatchNorm(nn.Module):
             )
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         patches = x.unflatten(3, (n, -1)).unflatten(2, (n, -1))  # (B, C, n, h, n, w)
+        statistics = _PatchStatistics if torch.compiler.is_compiling() else PatchStatistics
         variance, mean = (
-            t[0, :, :, 0, :, 0].permute(1, 2, 0) for t in PatchStatistics.apply(patches)
+            t[0, :, :, 0, :, 0].permute(1, 2, 0) for t in statistics.apply(patches)
         )  # (n, n, C)
         with torch.no_grad():
             unbiased = variance * (count / (count - 1))
