@@ -28,6 +28,14 @@ _MOST = 4096  # signatures kept; a program with more varied shapes starts anew
 passed: set[tuple[Any, ...]] = set()
 _PLAIN = (Tensor, torch.nn.Parameter)
 KERNEL = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+# Found once: each look-up less is a hundredth of a small call.
+_compiling = torch.compiler.is_compiling
+_tracing = torch._C._get_tracing_state
+_transforming = torch._C._are_functorch_transforms_active
+_autocasting = torch._C._is_any_autocast_enabled
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_grad_enabled = torch.is_grad_enabled
 _kernels: dict[str, Callable[..., Any]] = {}
 _recording: dict[str, Callable[..., Any]] = {}
 
@@ -35,13 +43,13 @@ _recording: dict[str, Callable[..., Any]] = {}
 def usual() -> bool:
     """Whether nothing stands between a call and its kernel: no tracing, transform, autocast or mode."""
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state()
-        or torch._C._are_functorch_transforms_active()
+        _compiling()
+        or _tracing()
+        or _transforming()
         or forward_ad._current_level >= 0
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
+        or _autocasting()
+        or _dispatch_modes()
+        or _function_modes()
         or backends._explaining
     )
 
@@ -56,7 +64,7 @@ def signature(name: str, options: tuple[Any, ...], *tensors: Tensor | None) -> t
     """
     if not usual():
         return None
-    recording = torch.is_grad_enabled()
+    recording = _grad_enabled()
     wanted = False
     parts: list[Any] = [name, options, backends._selected]
     for tensor in tensors:
