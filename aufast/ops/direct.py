@@ -4,8 +4,8 @@ Checking a call and going through the dispatcher's autograd take longer than a s
 eager mode whose tensors have the shapes, dtypes and devices of one that passed needs neither:
 
     call = signature(name, options, *tensors)
-    if call is not None and call in passed:
-        return run(name, call, *arguments)
+    if (run := passed.get(call)) is not None:
+        return run(*arguments)
     ...  # checks, the choice of a backend
     remember(call, chosen)
 
@@ -15,6 +15,7 @@ Where gradients are wanted the short way records them itself, by the formula tha
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch.autograd import forward_ad
 from aufast.ops import backends
 
 _MOST = 4096  # signatures kept; a program with more varied shapes starts anew
-passed: set[tuple[Any, ...]] = set()
+passed: dict[tuple[Any, ...] | None, Callable[..., Any]] = {}
 _PLAIN = (Tensor, torch.nn.Parameter)
 KERNEL = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 # Found once: each look-up less is a hundredth of a small call.
@@ -62,7 +63,16 @@ def signature(name: str, options: tuple[Any, ...], *tensors: Tensor | None) -> t
         options: the other arguments, hashable.
         tensors: None for one that is left out.
     """
-    if not usual():
+    if (  # as in `usual`, a call less
+        _compiling()
+        or _tracing()
+        or _transforming()
+        or forward_ad._current_level >= 0
+        or _autocasting()
+        or _dispatch_modes()
+        or _function_modes()
+        or backends._explaining
+    ):
         return None
     recording = _grad_enabled()
     wanted = False
@@ -75,7 +85,7 @@ def signature(name: str, options: tuple[Any, ...], *tensors: Tensor | None) -> t
         else:
             parts += (tensor.shape, tensor.dtype, tensor.device)
             wanted = wanted or (recording and tensor.requires_grad)
-    parts.append(wanted)  # last: `run` reads it
+    parts.append(wanted)  # last: `remember` reads it
     return tuple(parts)
 
 
@@ -84,11 +94,6 @@ def _plain(gradient: Tensor | None) -> bool:
     if gradient is None:
         return True
     return type(gradient) is Tensor and torch._C._dispatch_keys(gradient).has(torch._C.DispatchKey.CPU)
-
-
-def run(name: str, call: tuple[Any, ...], *arguments: Any) -> Any:
-    """Make a call whose signature passed, with the operator's arguments."""
-    return _recording[name](*arguments) if call[-1] else _kernels[name](KERNEL, *arguments)
 
 
 def define(
@@ -116,7 +121,7 @@ def define(
             short = usual() and all(map(_plain, grads))
             return backward(differentiate if short else derivative, ctx, *grads)
 
-    _kernels[name] = kernel
+    _kernels[name] = partial(kernel, KERNEL)
     _recording[name] = Recorded.apply
 
 
@@ -126,4 +131,4 @@ def remember(signature: tuple[Any, ...] | None, chosen: str) -> None:
         return
     if len(passed) >= _MOST:
         passed.clear()
-    passed.add(signature)
+    passed[signature] = (_recording if signature[-1] else _kernels)[signature[0]]

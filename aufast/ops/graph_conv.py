@@ -47,8 +47,8 @@ def graph_conv(
     Source: AAR eq. (10), (11), and (15) for `Q=None`; AGCRN for "softmax".
     """
     call = direct.signature("graph_conv", (normalization, backend), x, U, Q, W, bias)
-    if call is not None and call in direct.passed:
-        return direct.run("graph_conv", call, x, U, Q, W, bias, NORMALIZATIONS[normalization])
+    if (run := direct.passed.get(call)) is not None:
+        return run(x, U, Q, W, bias, NORMALIZATIONS[normalization])
     x, U, Q, W, bias = cast_products(x, U, Q, W, bias)
     code = normalization_code("graph_conv", normalization)
     _check(x, U, Q, W, bias, code)

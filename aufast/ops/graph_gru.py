@@ -71,8 +71,8 @@ def graph_gru(
     b_z, b_r, b_h = _three(biases)
     tensors = (x, U, Q, W_z, W_r, W_h, h0, b_z, b_r, b_h, lengths)
     call = direct.signature("graph_gru", (normalization, backend), *tensors)
-    if call is not None and call in direct.passed:
-        return direct.run("graph_gru", call, *tensors, NORMALIZATIONS[normalization], call[-1])[:2]
+    if (run := direct.passed.get(call)) is not None:
+        return run(*tensors, NORMALIZATIONS[normalization], call[-1])[:2]
     code = normalization_code("graph_gru", normalization)
     x, U, Q, W_z, W_r, W_h, b_z, b_r, b_h = cast_products(x, U, Q, W_z, W_r, W_h, b_z, b_r, b_h)
     given, h0 = h0, keep_float(h0, x)

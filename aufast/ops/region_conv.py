@@ -53,8 +53,8 @@ def region_conv(
     Source: the layer L_n of AAR's hierarchical multi-scale region layer.
     """
     call = direct.signature("region_conv", (backend,), x, weight, bias, scale, shift)
-    if call is not None and call in direct.passed:
-        return direct.run("region_conv", call, x, weight, bias, scale, shift)
+    if (run := direct.passed.get(call)) is not None:
+        return run(x, weight, bias, scale, shift)
     x, weight, bias, scale, shift = cast_products(x, weight, bias, scale, shift)
     _check(x, weight, bias, scale, shift)
     chosen = choose("region_conv", x, backend)

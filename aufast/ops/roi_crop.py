@@ -61,8 +61,8 @@ def roi_crop(
     # 6.0 == 6, as a key too.
     plain = type(size) is tuple and len(size) == 2 and type(size[0]) is int and type(size[1]) is int
     call = direct.signature("roi_crop", (size, align_corners, backend), features, rois) if plain else None
-    if call is not None and call in direct.passed:
-        return direct.run("roi_crop", call, features, rois, *size, align_corners)
+    if (run := direct.passed.get(call)) is not None:
+        return run(features, rois, *size, align_corners)
     given, rois = rois, keep_float(rois, features)
     _check(features, rois, align_corners)
     height, width = output_size("roi_crop", "size", size)

@@ -183,7 +183,7 @@ def test_a_requested_backend_that_cannot_run_says_why(operator: str, monkeypatch
     with pytest.raises(RuntimeError, match="use_backend: the 'cuda' backend cannot run here: not built"):
         aufast.use_backend("cuda")
 
-    monkeypatch.setattr(direct, "passed", set())  # calls that passed while there was a kernel
+    monkeypatch.setattr(direct, "passed", {})  # calls that passed while there was a kernel
     monkeypatch.setitem(backends._missing, "cpu", None)
     monkeypatch.setitem(backends._kernels, "cpu", frozenset())
     with pytest.raises(RuntimeError, match=f"'cpu' backend cannot run here: it has no kernel for {operator}"):
