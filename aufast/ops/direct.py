@@ -63,16 +63,7 @@ def signature(name: str, options: tuple[Any, ...], *tensors: Tensor | None) -> t
         options: the other arguments, hashable.
         tensors: None for one that is left out.
     """
-    if (  # as in `usual`, a call less
-        _compiling()
-        or _tracing()
-        or _transforming()
-        or forward_ad._current_level >= 0
-        or _autocasting()
-        or _dispatch_modes()
-        or _function_modes()
-        or backends._explaining
-    ):
+    if not usual():
         return None
     recording = _grad_enabled()
     wanted = False
