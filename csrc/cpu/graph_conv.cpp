@@ -112,7 +112,7 @@ Tensor forward_as(const Tensor& x, const Tensor& U, const OptionalTensor& Q, con
   const int64_t group = std::min(kMostNodes, c.graph.nodes);
   c.scratch_size =
       group * std::max({c.graph.order * c.frame_block * c.inputs, kPoolRows * c.outputs, c.graph.embeddings});
-  const bool pairs = sizeof(Stored) == 2 && aufast::isa() >= aufast::Isa::avx512_bf16;
+  const bool pairs = sizeof(Stored) == 2 && in_pairs(x.scalar_type(), {c.live_inputs});
   c.thetas.tiles = aufast::isa() == aufast::Isa::amx;
   if (pairs && c.thetas.tiles) c.scratch_size += c.frame_block * c.outputs;
   door.workspace([&](Arena& arena) {
@@ -159,7 +159,8 @@ std::vector<Tensor> backward_as(const Tensor& grad, const Tensor& x, const Tenso
   const int64_t group = std::min(kMostNodes, m);
   c.scratch_size = std::max(c.frame_block * (K * group * c.inputs + c.outputs),
                             (c.thetas.embeddings + group) * kTransposed * c.transposed.row());
-  const bool pairs = sizeof(Stored) == 2 && aufast::isa() == aufast::Isa::avx512_bf16;
+  const bool pairs =
+      sizeof(Stored) == 2 && backward_in_pairs(x.scalar_type(), {c.live_inputs, c.live_outputs});
   door.workspace([&](Arena& arena) {
     plan_common(c, arena, true);
     if (pairs)

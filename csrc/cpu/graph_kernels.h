@@ -450,21 +450,27 @@ AUFAST_INLINE void pair_rows(const Thetas<T>& t, T* rows, int64_t count, int64_t
   (void)t, (void)rows, (void)count, (void)width;
 #endif
 }
+#if AUFAST_BF16
+// 16 words of two rows from column k on as pairs; zeros where there is no second row.
+AUFAST_INLINE __m512i word_pairs(const uint16_t* first, const uint16_t* second, int64_t k) {
+  const auto widened = [k](const uint16_t* row) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + k)));
+  };
+  const __m512i high = second == nullptr ? _mm512_setzero_si512() : _mm512_slli_epi32(widened(second), 16);
+  return _mm512_or_si512(widened(first), high);
+}
+#endif
+
 // The same for rows that round_rows has rounded; backwards, since the pairs grow over what they come from.
 template <class T>
 AUFAST_INLINE void pair_rounded_rows(const Thetas<T>& t, T* rows, int64_t count, int64_t row_size,
                                      int64_t width) {
 #if AUFAST_BF16
-  const auto widened = [](const T* row, int64_t k) {
-    return _mm512_cvtepu16_epi32(
-        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(reinterpret_cast<const uint16_t*>(row) + k)));
-  };
   for (int64_t r = 0; r < count && t.pairs != nullptr; r += 2) {
-    T *row = rows + r * row_size, *next = row + row_size;
-    for (int64_t k = width - 16; k >= 0; k -= 16) {
-      const __m512i high = r + 1 < count ? _mm512_slli_epi32(widened(next, k), 16) : _mm512_setzero_si512();
-      _mm512_storeu_si512(row + k, _mm512_or_si512(widened(row, k), high));
-    }
+    T* row = rows + r * row_size;
+    const uint16_t *first = reinterpret_cast<const uint16_t*>(row),
+                   *second = r + 1 < count ? reinterpret_cast<const uint16_t*>(row + row_size) : nullptr;
+    for (int64_t k = width - 16; k >= 0; k -= 16) _mm512_storeu_si512(row + k, word_pairs(first, second, k));
   }
 #else
   (void)t, (void)rows, (void)count, (void)row_size, (void)width;
@@ -476,15 +482,10 @@ template <class T>
 AUFAST_INLINE void pair_low_rows(T* to, const uint16_t* from, int64_t from_row, int64_t count,
                                  int64_t width) {
 #if AUFAST_BF16
-  const auto widened = [](const uint16_t* row) {
-    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)));
-  };
-  for (int64_t r = 0; r < count; r += 2, to += 2 * width, from += 2 * from_row)
-    for (int64_t k = 0; k < width; k += 16) {
-      const __m512i high =
-          r + 1 < count ? _mm512_slli_epi32(widened(from + from_row + k), 16) : _mm512_setzero_si512();
-      _mm512_storeu_si512(to + k, _mm512_or_si512(widened(from + k), high));
-    }
+  for (int64_t r = 0; r < count; r += 2, to += 2 * width, from += 2 * from_row) {
+    const uint16_t* second = r + 1 < count ? from + from_row : nullptr;
+    for (int64_t k = 0; k < width; k += 16) _mm512_storeu_si512(to + k, word_pairs(from, second, k));
+  }
 #else
   (void)to, (void)from, (void)from_row, (void)count, (void)width;
 #endif
@@ -594,10 +595,7 @@ void transpose_block(const TransposedPool<T>& pool, const Thetas<T>& t, Group gr
 inline void widen(const uint16_t* from, float* to, int64_t n) {
   int64_t i = 0;
   for (; i + lanes<float> <= n; i += lanes<float>) store<float>(to + i, load_bf16(from + i));
-  for (; i < n; ++i) {
-    const uint32_t word = static_cast<uint32_t>(from[i]) << 16;
-    __builtin_memcpy(to + i, &word, 4);
-  }
+  for (; i < n; ++i) to[i] = value_of(from + i);
 }
 inline void narrow(const float* from, uint16_t* to, int64_t n) {
   int64_t i = 0;

@@ -16,6 +16,7 @@
 #include <tuple>
 #include <vector>
 
+#include "dense.h"
 #include "image.h"
 #include "isa.h"
 
@@ -279,9 +280,9 @@ Grid grid_of(const Tensor& x, const Tensor& weight) {
 
 // A map in the wanted memory order: itself, or a copy.
 Tensor in_order(const Tensor& map, bool channels_last) {
-  if (!channels_last) return torch::stable::contiguous(map);
+  if (!channels_last) return dense_of(map);
   Tensor last = torch::stable::transpose(torch::stable::transpose(map, 1, 2), 2, 3);  // (B, H, W, C)
-  last = torch::stable::contiguous(last);
+  last = dense_of(last);
   return torch::stable::transpose(torch::stable::transpose(last, 2, 3), 1, 2);  // (B, C, H, W)
 }
 
@@ -293,7 +294,7 @@ Tensor new_map(const Tensor& like, const Grid& g, int64_t channels) {
 
 std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
   if (!tensor) return std::nullopt;
-  return torch::stable::contiguous(*tensor);
+  return dense_of(*tensor);
 }
 
 std::optional<Tensor> converted(const std::optional<Tensor>& tensor, ScalarType type) {
@@ -332,7 +333,7 @@ Tensor region_conv(Tensor x, Tensor weight, Maybe bias, Maybe scale, Maybe shift
   }
   const Grid g = grid_of(x, weight);
   x = in_order(x, g.channels_last);
-  weight = torch::stable::contiguous(weight);
+  weight = dense_of(weight);
   bias = dense(bias);
   scale = dense(scale);
   shift = dense(shift);
@@ -358,7 +359,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> region_conv_backward(Tensor g
   const Grid g = grid_of(x, weight);
   grad = in_order(grad, g.channels_last);
   x = in_order(x, g.channels_last);
-  weight = torch::stable::contiguous(weight);
+  weight = dense_of(weight);
   scale = dense(scale);
   shift = dense(shift);
   const Maybe parameters[] = {weight, bias, scale, shift};
