@@ -197,7 +197,7 @@ def test_the_layers_travel_to_a_spawned_process() -> None:
 
 
 def train_together(rank: int, folder: str) -> None:
-    # Wrapping a module imports this, and its functions would keep the group that is there by then (docs/decisions.md).
+    # Wrapping a module imports this; its functions keep a group that is there by then (docs/decisions.md).
     importlib.import_module("torch.distributed.nn.functional")
     torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
     for name in WITH_PARAMETERS:
