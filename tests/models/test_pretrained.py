@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from aufast.models import AAR, MARGL, load_model, pretrained
-from tests.models.examples import NAMES, inputs, randomize, small
+from tests.models.examples import EACH, inputs, randomize, small
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def change_weights(folder, change):
     resign(folder)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_round_trip(name, tmp_path):
     model = small(name)
     randomize(model)

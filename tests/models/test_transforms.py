@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,15 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, jvp
 
 from aufast.models import AAR, MARGL
-from tests.models.examples import NAMES, inputs, randomize, small
+from tests.models.examples import inputs, randomize, small
 
-CROPPING = [name for name in NAMES if name in MARGL.variants and name != "resnet18"]
-WHOLE = [name for name in NAMES if name not in CROPPING]
+CROPPING = [name for name in MARGL.variants if name != "resnet18"]
+WHOLE = ["resnet18", *AAR.variants]
+
+
+def mostly_slow(names: list[str], *fast: str) -> list[Any]:
+    """As parameters; all but these are run with the slow tests."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def prepared(name: str, training: bool) -> tuple[MARGL | AAR, Callable[..., Tensor], Tensor, Tensor]:
@@ -30,7 +36,7 @@ def prepared(name: str, training: bool) -> tuple[MARGL | AAR, Callable[..., Tens
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", mostly_slow(WHOLE, "resnet18", "aar"))
 def test_forward_mode_agrees_with_reverse_mode(name: str, training: bool) -> None:
     model, f, images, direction = prepared(name, training)
     leaf = images.clone().requires_grad_()
@@ -50,7 +56,7 @@ def test_forward_mode_agrees_with_reverse_mode(name: str, training: bool) -> Non
     torch.testing.assert_close((jvp(pure, (images,), (direction,))[1] * weights).sum(), truth)
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", mostly_slow(WHOLE, "resnet18", "aar"))
 def test_a_transform_of_a_model_that_changes_its_statistics_is_refused(name: str) -> None:
     """`torch.func` wants functions without side effects; in training a model moves its running statistics."""
     _, f, images, direction = prepared(name, training=True)
@@ -58,7 +64,7 @@ def test_a_transform_of_a_model_that_changes_its_statistics_is_refused(name: str
         jvp(f, (images,), (direction,))
 
 
-@pytest.mark.parametrize("name", CROPPING)
+@pytest.mark.parametrize("name", mostly_slow(CROPPING, "margl"))
 def test_forward_mode_through_crops_is_refused_in_one_sentence(name: str) -> None:
     _, f, images, direction = prepared(name, training=False)
     sentence = "^roi_crop: no forward mode .*; use reverse mode$"
