@@ -11,6 +11,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from socket import gethostname
 from typing import BinaryIO
 
 LOCK = ".lock"
@@ -60,7 +61,7 @@ class Draft:
         self.path = path
         self._lock: int | None = None
         while self._lock is None:
-            self.place = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+            self.place = path.with_name(f".{path.name}.{gethostname()}.{secrets.token_hex(8)}.tmp")
             self.place.mkdir() if folder else self.place.touch(exist_ok=False)
             # Until it is locked it looks like a leftover, and may be gone.
             with contextlib.suppress(FileNotFoundError):
@@ -95,9 +96,14 @@ class Draft:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what dead writers left of this path, and of paths that begin with it and go on with a dot."""
+    """Remove what dead writers left of this path, and of paths that begin with it and go on with a dot.
+
+    Those of this machine: another's locks may be its own business.
+    """
     for place in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        with contextlib.suppress(OSError):  # it is another's, or gone
+        if not place.name.rsplit(".", 2)[0].endswith(f".{gethostname()}"):
+            continue
+        with contextlib.suppress(OSError):  # a living writer's, or gone
             lock = _open(place)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from socket import gethostname
 
 import pytest
 
@@ -113,7 +114,18 @@ def test_without_locks_files_are_written_and_leftovers_stay(tmp_path: Path, monk
         raise OSError("no locks here")
 
     monkeypatch.setattr(files.fcntl, "flock", refuse)
-    left = tmp_path / ".a.0123.tmp"
+    left = tmp_path / f".a.{gethostname()}.0123.tmp"
     left.write_bytes(b"perhaps a living writer's")
     write_whole(tmp_path / "a", b"whole")
     assert (tmp_path / "a").read_bytes() == b"whole" and drafts(tmp_path) == [left]
+    monkeypatch.undo()
+    write_whole(tmp_path / "a", b"whole")
+    assert drafts(tmp_path) == []
+
+
+def test_what_another_machine_left_is_its_own(tmp_path: Path) -> None:
+    """The locks of a shared folder may be known to one machine alone."""
+    theirs = tmp_path / f".a.not-{gethostname()}.0123.tmp"
+    theirs.write_bytes(b"perhaps a living writer's")
+    write_whole(tmp_path / "a", b"whole")
+    assert drafts(tmp_path) == [theirs]
