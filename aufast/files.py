@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import os
+import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from socket import gethostname
 from typing import BinaryIO
 
 LOCK = ".lock"
@@ -39,17 +43,96 @@ def writing(place: Path, kept: str) -> Iterator[None]:
         raise OSError(f"{place}: cannot be written: {error.strerror}; {kept}") from error
 
 
+class Draft:
+    """A hidden file or folder beside the place that it takes when it is whole.
+
+    Each has a name and a lock of its own. The lock ends with the process, however it ends: so
+    `remove_leftovers` knows what a dead writer left, and touches no living one's.
+
+    Args:
+        path: where it will be.
+        folder: whether it is one.
+
+    Attributes:
+        place: where it is until then, empty at first.
+    """
+
+    def __init__(self, path: Path, folder: bool = False):
+        self.path = path
+        self._lock: int | None = None
+        while self._lock is None:
+            self.place = path.with_name(f".{path.name}.{gethostname()}.{secrets.token_hex(8)}.tmp")
+            self.place.mkdir() if folder else self.place.touch(exist_ok=False)
+            # Until it is locked it looks like a leftover, and may be gone.
+            with contextlib.suppress(FileNotFoundError):
+                self._lock = _open(self.place)
+                with contextlib.suppress(
+                    OSError
+                ):  # a file system without locks: then nobody clears up either
+                    fcntl.flock(self._lock, fcntl.LOCK_EX)
+                if not self.place.exists():
+                    self._close()
+
+    def __enter__(self) -> Draft:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.discard()
+
+    def commit(self) -> None:
+        """Give it its place."""
+        os.replace(self.place, self.path)
+        self._close()
+
+    def discard(self) -> None:
+        """Remove it, unless it has its place."""
+        if self._lock is not None:
+            _remove(self.place)
+            self._close()
+
+    def _close(self) -> None:
+        os.close(self._lock)
+        self._lock = None
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what dead writers left of this path, and of paths that begin with it and go on with a dot.
+
+    Those of this machine: another's locks may be its own business.
+    """
+    for place in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if not place.name.rsplit(".", 2)[0].endswith(f".{gethostname()}"):
+            continue
+        with contextlib.suppress(OSError):  # a living writer's, or gone
+            lock = _open(place)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(place)
+            finally:
+                os.close(lock)
+
+
+def _open(place: Path) -> int:
+    """A descriptor to lock: some file systems lock only files that could be written."""
+    return os.open(place, os.O_RDONLY if place.is_dir() else os.O_RDWR)
+
+
+def _remove(place: Path) -> None:
+    if place.is_dir():
+        shutil.rmtree(place, ignore_errors=True)
+    else:
+        place.unlink(missing_ok=True)
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file under another name, and give it its own when it is on disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
+    remove_leftovers(path)
+    with Draft(path) as draft:
+        with open(draft.place, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        draft.commit()
 
 
 def sync_folder(folder: Path) -> None:

@@ -166,6 +166,12 @@ def graph_gru_backward(
 ) -> tuple[Tensor, ...]:
     """The raw operator `aufast::graph_gru_backward`."""
     channels = out.shape[-1]
+    kept = (*out.shape[:-1], 3 * channels)
+    if saved.shape != kept:  # the CPU's kernel keeps something else of large graphs
+        raise ValueError(
+            f"aufast::graph_gru_backward.triton: saved must be the gates {kept}"
+            f" that aufast::graph_gru.triton keeps, got {tuple(saved.shape)}"
+        )
     pools = _pools(normalization, W_z, W_r, W_h)
     order = pools[0].shape[1]
     matrix = support_matrix(U, order, normalization)

@@ -81,10 +81,11 @@ def test_demo_runs_saved_weights(tmp_path, capsys):
     ("name", "kinds"),
     [
         ("resnet18", ["attention", "centers", "graph"]),
-        ("roi", ["attention", "centers", "graph", "rois"]),
         ("b-net", ["centers", "graph", "rois"]),
-        ("aa", ["attention", "centers", "graph", "rois"]),
-        ("aa-gsp", ["attention", "centers", "graph", "rois"]),
+        *(
+            pytest.param(name, ["attention", "centers", "graph", "rois"], marks=pytest.mark.slow)
+            for name in ("roi", "aa", "aa-gsp")
+        ),
     ],
 )
 def test_weights_of_any_variant_and_aus_are_drawn(tmp_path, capsys, small_demo, name, kinds):

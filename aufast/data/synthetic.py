@@ -10,8 +10,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +24,7 @@ from aufast.data.protocols import FOLDS
 from aufast.data.records import MARKER
 from aufast.data.synthetic_face import Identity, View, draw_identity, render
 from aufast.data.synthetic_motion import Motion, draw_motion, rates_of
-from aufast.files import writing
+from aufast.files import Draft, remove_leftovers, writing
 
 Array = np.ndarray
 LAYOUTS = ("bp4d", "disfa")
@@ -102,12 +100,10 @@ def synthesize(root: str | os.PathLike[str], recipe: Recipe = Recipe(), workers:
         raise ValueError(f"{root}: already exists; synthetic data goes to a new or an empty folder")
     with writing(root, "nothing of it is there"):
         root.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{root.name}.", suffix=".tmp", dir=root.parent))
-        try:
-            _draw(work, recipe, workers)
-            os.replace(work, root)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+        remove_leftovers(root)
+        with Draft(root, folder=True) as draft:
+            _draw(draft.place, recipe, workers)
+            draft.commit()
     return root
 
 
@@ -118,7 +114,6 @@ def _draw(work: Path, recipe: Recipe, workers: int) -> None:
         pass
     about = {"synthetic": True, "about": "drawn faces, nobody's; no measurement on them is one of people"}
     (work / MARKER).write_text(json.dumps({**about, **vars(recipe)}, indent=2) + "\n", encoding="utf-8")
-    work.chmod(0o755)  # mkdtemp makes it private
 
 
 def draw_video(recipe: Recipe, subject: int, video: int) -> tuple[Motion, Iterator[tuple[Array, Array]]]:

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import re
-import socket
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 
 from aufast.faces import read_image
 from aufast.faces.images import FORMATS
-from aufast.files import stream_sum, sync_folder
+from aufast.files import Draft, remove_leftovers, stream_sum, sync_folder
 from aufast.label.config import InputError
 from aufast.label.video import open_regular
 
@@ -181,8 +180,8 @@ class Outputs:
 
     def __init__(self, folder: Path, name: str):
         self.folder, self.name = folder, name
-        self._temporary: dict[str, Path] = {}
-        _remove_stale(folder, name)
+        self._drafts: dict[str, Draft] = {}
+        remove_leftovers(folder / name)
 
     @property
     def sidecar(self) -> Path:
@@ -191,30 +190,29 @@ class Outputs:
 
     def path(self, suffix: str) -> Path:
         """A place to write the file that will be NAME + suffix."""
-        unique = f"{socket.gethostname()}.{os.getpid()}"
-        self._temporary[suffix] = self.folder / f".{self.name}{suffix}.{unique}.tmp"
-        return self._temporary[suffix]
+        self._drafts[suffix] = Draft(self.folder / f"{self.name}{suffix}")
+        return self._drafts[suffix].place
 
     def commit(self, facts: dict[str, Any]) -> None:
         """Give every file its name, the sidecar with `facts` last."""
         with writing(str(self.sidecar)):
-            facts = {**facts, "outputs": [self.name + suffix for suffix in self._temporary]}
+            facts = {**facts, "outputs": [self.name + suffix for suffix in self._drafts]}
             with open(self.path(".json"), "w", encoding="utf-8") as file:
                 json.dump(facts, file, indent=1)
                 file.write("\n")
-            for temporary in self._temporary.values():
-                sync_folder(temporary)
-            for suffix, temporary in self._temporary.items():
-                os.replace(temporary, self.folder / f"{self.name}{suffix}")
+            for draft in self._drafts.values():
+                sync_folder(draft.place)
+            for draft in self._drafts.values():
+                draft.commit()
             sync_folder(self.folder)
-        self._temporary.clear()
+        self._drafts.clear()
 
     def discard(self) -> None:
         """Remove what was written."""
-        for temporary in self._temporary.values():
+        for draft in self._drafts.values():
             with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-        self._temporary.clear()
+                draft.discard()
+        self._drafts.clear()
 
 
 def output_name(path: str, *sums: str) -> str:
@@ -222,22 +220,3 @@ def output_name(path: str, *sums: str) -> str:
     stem = re.sub(r"[^\w.-]", "_", os.path.splitext(os.path.basename(path))[0], flags=re.ASCII)
     digest = hashlib.sha256("\n".join(sums).encode()).hexdigest()
     return f"{stem.lstrip('-.')[:60] or '_'}-{digest[:16]}"
-
-
-def _remove_stale(folder: Path, name: str) -> None:
-    """Remove what a process of this machine that is no more left of these files."""
-    mine = socket.gethostname()
-    for path in folder.glob(f".{name}.*.tmp"):
-        host, process = path.name.removesuffix(".tmp").rsplit(".", 1)
-        if host.endswith(f".{mine}") and process.isdecimal() and not _runs(int(process)):
-            path.unlink(missing_ok=True)
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return process != os.getpid()

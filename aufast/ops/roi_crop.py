@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.autograd import forward_ad
 
 from aufast import reference
 from aufast.ops import direct
@@ -55,6 +56,7 @@ def roi_crop(
     Raises:
         TypeError, ValueError: an argument of wrong dtype, shape or device, named in the message.
         RuntimeError: an explicitly requested backend that cannot run, with the reason.
+        NotImplementedError: an argument has a forward-mode tangent.
 
     Source: MARGL eq. (2), `affine_grid` and `grid_sample`.
     """
@@ -68,6 +70,7 @@ def roi_crop(
     height, width = output_size("roi_crop", "size", size)
     chosen = choose("roi_crop", features, backend, lambda: _cuda_limit(features, width, height))
     if chosen == "reference":
+        _refuse_tangents(features, rois)
         return reference.roi_crop(features, rois, (height, width), align_corners=align_corners)
     if rois is given:
         direct.remember(call, chosen)
@@ -80,6 +83,17 @@ def _cuda_limit(features: Tensor, width: int, height: int) -> str | None:
         return f"it takes crops of at most {MOST_CROP_WIDTH} columns, and came {width}"
     side = max(height, *features.shape[-2:])
     return None if side <= MOST_SIDE else f"it takes sides of at most {MOST_SIDE} pixels, and came {side}"
+
+
+def _refuse_tangents(features: Tensor, rois: Tensor) -> None:
+    """Say it before PyTorch's grid_sample does, which speaks of itself."""
+    if forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(value).tangent is not None for value in (features, rois)
+    ):
+        raise NotImplementedError(
+            "roi_crop: no forward mode (torch.func.jvp, torch.autograd.forward_ad), because PyTorch's"
+            " grid_sample has no forward AD; use reverse mode"
+        )
 
 
 def _check(features: Tensor, rois: Tensor, align_corners: bool) -> None:

@@ -97,8 +97,8 @@ def save_checkpoint(run: Path, model: MARGL | AAR, moments: dict[str, Tensor], p
 
 
 def _move_link(run: Path, link: Link, name: str) -> None:
-    fresh = run / f".{link}.{os.getpid()}"
-    fresh.unlink(missing_ok=True)
+    fresh = run / f".{link}"
+    fresh.unlink(missing_ok=True)  # a killed process's: a run has one writer
     fresh.symlink_to(Path(CHECKPOINTS) / name)
     os.replace(fresh, run / link)
 

@@ -120,109 +120,159 @@ __device__ Values<4> mix_back(const Walk& w, const Group<T>& group, int buffer, 
   return total;
 }
 
+// A block at work on a tile of sequences: what it holds in shared memory, and the parts of a step.
 template <class Product, int kHalves>
-__global__ void __launch_bounds__(kMostThreads, 1)
-    graph_gru_backward(const __grid_constant__ Backward<typename Product::T> a) {
+struct BackwardBlock {
   using T = typename Product::T;
-  constexpr int kRows = 8 * kHalves;
-  const Walk& w = a.walk;
-  const BackwardRoom<T> room(w, kRows);
-  unsigned char* memory = shared_memory();
-  float* supports = reinterpret_cast<float*>(memory + room.supports);
-  float* d_state = reinterpret_cast<float*>(memory + room.d_state);
-  T* d_candidate = reinterpret_cast<T*>(memory + room.d_candidate);
-  T* d_gates = reinterpret_cast<T*>(memory + room.d_gates);
-  Group<T> group(w, reinterpret_cast<T*>(memory + room.exchange), room.published(w, kRows));
-  const int node = group.node, c = w.channels, padded = w.padded;
-  const int state_stride = row_stride<float>(padded);
-  const unsigned char* theta = take_theta(w, node, memory + room.theta);
-  const unsigned char* theta_gates = theta + w.order * padded / 8 * strip_bytes<T>(1, padded);
-  for (int j = threadIdx.x; j < w.order * w.nodes; j += blockDim.x)
-    supports[j] = w.supports[(j % w.nodes * w.order + j / w.nodes) * w.nodes + node];
-  clear(d_candidate, kRows * row_stride<T>(padded));
-  clear(d_gates, kRows * row_stride<T>(2 * padded));
-  __syncthreads();
+  static constexpr int kRows = 8 * kHalves;
 
-  for (int64_t first = static_cast<int64_t>(group.index) * w.rows; first < w.batch;
-       first += static_cast<int64_t>(w.groups) * w.rows) {
-    const int rows = static_cast<int>(min(static_cast<int64_t>(w.rows), w.batch - first));
-    const int places = rows * (padded / 4);
+  const Backward<T>& a;
+  const Walk& w;
+  const BackwardRoom<T> room;
+  float *supports, *d_state;
+  T *d_candidate, *d_gates;
+  Group<T> group;
+  const int node, c, padded, state_stride;
+  const unsigned char *theta, *theta_gates;
+  int64_t first = 0;         // of the tile's sequences
+  int rows = 0, places = 0;  // how many; fours of channels in their rows
+
+  __device__ BackwardBlock(const Backward<T>& arguments, unsigned char* memory)
+      : a(arguments),
+        w(a.walk),
+        room(w, kRows),
+        supports(reinterpret_cast<float*>(memory + room.supports)),
+        d_state(reinterpret_cast<float*>(memory + room.d_state)),
+        d_candidate(reinterpret_cast<T*>(memory + room.d_candidate)),
+        d_gates(reinterpret_cast<T*>(memory + room.d_gates)),
+        group(w, reinterpret_cast<T*>(memory + room.exchange), room.published(w, kRows)),
+        node(group.node),
+        c(w.channels),
+        padded(w.padded),
+        state_stride(row_stride<float>(padded)),
+        theta(take_theta(w, node, memory + room.theta)),
+        theta_gates(theta + w.order * padded / 8 * strip_bytes<T>(1, padded)) {
+    for (int j = threadIdx.x; j < w.order * w.nodes; j += blockDim.x)
+      supports[j] = w.supports[(j % w.nodes * w.order + j / w.nodes) * w.nodes + node];
+    clear(d_candidate, kRows * row_stride<T>(padded));
+    clear(d_gates, kRows * row_stride<T>(2 * padded));
+  }
+
+  __device__ float* d_state_at(const Place<T>& here) const {
+    return d_state + here.row * state_stride + here.channel;
+  }
+
+  // Takes a tile: dh is the gradient of the last state.
+  __device__ void begin(int64_t first_sequence) {
+    first = first_sequence;
+    rows = static_cast<int>(min(static_cast<int64_t>(w.rows), w.batch - first));
+    places = rows * (padded / 4);
     for (int place = threadIdx.x; place < places; place += blockDim.x) {
       const Place<T> here(a, place, first, 0, node);
-      store<4>(d_state + here.row * state_stride + here.channel,
+      store<4>(d_state_at(here),
                load_row<4>(a.grad_h_last + (here.b * w.nodes + node) * c, here.channel, c, w.whole));
     }
+  }
 
-    for (int64_t t = w.steps - 1; t >= 0; --t) {
-      for (int place = threadIdx.x; place < places; place += blockDim.x) {
-        const Place<T> here(a, place, first, t, node);
-        if (t > 0) here.expect_step_before(a);
-        Values<4> alpha_z = {}, alpha_h = {};
-        if (here.running) {
-          float* state = d_state + here.row * state_stride + here.channel;
-          const Values<4> z = here.read(a, a.saved, 3, 0), candidate = here.read(a, a.saved, 3, 2);
-          const Values<4> given = here.read(a, a.grad_out, 1, 0), before = here.state_before(a, t, node);
-          Values<4> dh = load<4>(state);
+  // α_z and α_h from dh, of which dh ★ z is left.
+  __device__ void make_update_and_candidate(int64_t t) {
+    for (int place = threadIdx.x; place < places; place += blockDim.x) {
+      const Place<T> here(a, place, first, t, node);
+      if (t > 0) here.expect_step_before(a);
+      Values<4> alpha_z = {}, alpha_h = {};
+      if (here.running) {
+        const Values<4> z = here.read(a, a.saved, 3, 0), candidate = here.read(a, a.saved, 3, 2);
+        const Values<4> given = here.read(a, a.grad_out, 1, 0), before = here.state_before(a, t, node);
+        Values<4> dh = load<4>(d_state_at(here));
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float d = dh.x[i] + given.x[i], kept = 1.0f - z.x[i];
-            alpha_z.x[i] = d * (before.x[i] - candidate.x[i]) * z.x[i] * kept;
-            alpha_h.x[i] = d * kept * (1.0f - candidate.x[i] * candidate.x[i]);
-            dh.x[i] = d * z.x[i];
-          }
-          store<4>(state, dh);
+        for (int i = 0; i < 4; ++i) {
+          const float d = dh.x[i] + given.x[i], kept = 1.0f - z.x[i];
+          alpha_z.x[i] = d * (before.x[i] - candidate.x[i]) * z.x[i] * kept;
+          alpha_h.x[i] = d * kept * (1.0f - candidate.x[i] * candidate.x[i]);
+          dh.x[i] = d * z.x[i];
         }
-        here.write(a, t, node, 0, alpha_z);
-        here.write(a, t, node, 2, alpha_h);
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          alpha_z.x[i] = Product::narrow(alpha_z.x[i]), alpha_h.x[i] = Product::narrow(alpha_h.x[i]);
-        store<4>(d_gates + here.row * row_stride<T>(2 * padded) + here.channel, alpha_z);
-        store<4>(d_candidate + here.row * row_stride<T>(padded) + here.channel, alpha_h);
+        store<4>(d_state_at(here), dh);
       }
-      __syncthreads();
-      publish_product<Product, kHalves>(w, d_candidate, padded, theta, group.mine(0), rows);
-      group.sync();
-      for (int place = threadIdx.x; place < places; place += blockDim.x) {
-        const Place<T> here(a, place, first, t, node);
-        Values<4> alpha_r = {};
-        if (here.running) {
-          const Values<4> r = here.read(a, a.saved, 3, 1), before = here.state_before(a, t, node);
-          const Values<4> d_reset = mix_back(w, group, 0, supports, here.row, here.channel);
-          float* state = d_state + here.row * state_stride + here.channel;
-          Values<4> dh = load<4>(state);
+      here.write(a, t, node, 0, alpha_z);
+      here.write(a, t, node, 2, alpha_h);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            alpha_r.x[i] = d_reset.x[i] * before.x[i] * r.x[i] * (1.0f - r.x[i]);
-            dh.x[i] += d_reset.x[i] * r.x[i];
-          }
-          store<4>(state, dh);
-        }
-        here.write(a, t, node, 1, alpha_r);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) alpha_r.x[i] = Product::narrow(alpha_r.x[i]);
-        store<4>(d_gates + here.row * row_stride<T>(2 * padded) + padded + here.channel, alpha_r);
-      }
-      __syncthreads();
-      publish_product<Product, kHalves>(w, d_gates, 2 * padded, theta_gates, group.mine(1), rows);
-      group.sync();
-      for (int place = threadIdx.x; place < places; place += blockDim.x) {
-        const Place<T> here(a, place, first, t, node);
-        if (!here.running) continue;
-        const Values<4> sum = mix_back(w, group, 1, supports, here.row, here.channel);
-        float* state = d_state + here.row * state_stride + here.channel;
-        Values<4> dh = load<4>(state);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) dh.x[i] += sum.x[i];
-        store<4>(state, dh);
-      }
+      for (int i = 0; i < 4; ++i)
+        alpha_z.x[i] = Product::narrow(alpha_z.x[i]), alpha_h.x[i] = Product::narrow(alpha_h.x[i]);
+      store<4>(d_gates + here.row * row_stride<T>(2 * padded) + here.channel, alpha_z);
+      store<4>(d_candidate + here.row * row_stride<T>(padded) + here.channel, alpha_h);
     }
+  }
 
+  // α_r from d(r ★ h), of which dh gets the part of h.
+  __device__ void make_reset(int64_t t) {
+    for (int place = threadIdx.x; place < places; place += blockDim.x) {
+      const Place<T> here(a, place, first, t, node);
+      Values<4> alpha_r = {};
+      if (here.running) {
+        const Values<4> r = here.read(a, a.saved, 3, 1), before = here.state_before(a, t, node);
+        const Values<4> d_reset = mix_back(w, group, 0, supports, here.row, here.channel);
+        Values<4> dh = load<4>(d_state_at(here));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          alpha_r.x[i] = d_reset.x[i] * before.x[i] * r.x[i] * (1.0f - r.x[i]);
+          dh.x[i] += d_reset.x[i] * r.x[i];
+        }
+        store<4>(d_state_at(here), dh);
+      }
+      here.write(a, t, node, 1, alpha_r);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) alpha_r.x[i] = Product::narrow(alpha_r.x[i]);
+      store<4>(d_gates + here.row * row_stride<T>(2 * padded) + padded + here.channel, alpha_r);
+    }
+  }
+
+  // What reaches h_{t-1} through z and r of all nodes.
+  __device__ void add_through_gates(int64_t t) {
+    for (int place = threadIdx.x; place < places; place += blockDim.x) {
+      const Place<T> here(a, place, first, t, node);
+      if (!here.running) continue;
+      const Values<4> sum = mix_back(w, group, 1, supports, here.row, here.channel);
+      Values<4> dh = load<4>(d_state_at(here));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) dh.x[i] += sum.x[i];
+      store<4>(d_state_at(here), dh);
+    }
+  }
+
+  // What is left of dh is the first state's gradient.
+  __device__ void end() {
     for (int place = threadIdx.x; place < places; place += blockDim.x) {
       const Place<T> here(a, place, first, 0, node);
       store_row<4>(a.d_h0 + (here.b * w.nodes + node) * c, here.channel, c, w.whole,
-                   load<4>(d_state + here.row * state_stride + here.channel));
+                   load<4>(d_state_at(here)));
     }
+  }
+};
+
+template <class Product, int kHalves>
+__global__ void __launch_bounds__(kMostThreads, 1)
+    graph_gru_backward(const __grid_constant__ Backward<typename Product::T> a) {
+  const Walk& w = a.walk;
+  BackwardBlock<Product, kHalves> block(a, shared_memory());
+  Group<typename Product::T>& group = block.group;
+  __syncthreads();
+  for (int64_t first = static_cast<int64_t>(group.index) * w.rows; first < w.batch;
+       first += static_cast<int64_t>(w.groups) * w.rows) {
+    block.begin(first);
+    for (int64_t t = w.steps - 1; t >= 0; --t) {
+      block.make_update_and_candidate(t);
+      __syncthreads();
+      publish_product<Product, kHalves>(w, block.d_candidate, w.padded, block.theta, group.mine(0),
+                                        block.rows);
+      group.sync();
+      block.make_reset(t);
+      __syncthreads();
+      publish_product<Product, kHalves>(w, block.d_gates, 2 * w.padded, block.theta_gates, group.mine(1),
+                                        block.rows);
+      group.sync();
+      block.add_through_gates(t);
+    }
+    block.end();
   }
   // Nobody leaves while others may still read what it published.
   if (w.clusters) cluster_sync();

@@ -197,7 +197,9 @@ def test_long_sums_of_float16_do_not_overflow() -> None:
         assert relative(found[k], truth[k]) < 1e-2
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str
+)
 @pytest.mark.parametrize("size", ["primes", "sixteens", "turns", "two-supports"])
 @pytest.mark.parametrize("device", ["sm_90", "sm_80"])
 def test_the_order_of_threads_does_not_matter(

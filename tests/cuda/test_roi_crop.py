@@ -140,7 +140,7 @@ def test_every_option_is_the_definition(sample: Sample, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("layout", FORMATS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES[:3], pytest.param(DTYPES[3], marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("name", CALLS)
 def test_every_cut_is_the_definition(
     name: str, dtype: torch.dtype, layout: torch.memory_format, log: Path
@@ -174,7 +174,9 @@ def test_the_cuts_are_what_the_cases_are_named_for(log: Path) -> None:
     assert {name for name, run in forward.items() if run[3] == 256 * 24} == plain
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str
+)
 @pytest.mark.parametrize("layout", FORMATS, ids=str)
 @pytest.mark.parametrize("name", ["odd", "whole-vectors", "large-crops", "rotated", "larger-than-a-block"])
 def test_the_order_of_threads_does_not_matter(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from aufast.aus import AU_NAMES, AU_SETS, OCCURRENCE_RATES
-from aufast.data import FOLDS, check_dataset, read_bp4d, read_disfa
+from aufast.data import FOLDS, check_dataset, read_bp4d, read_disfa, synthetic
 from aufast.data.canvas import Canvas, Placement
 from aufast.data.synthetic import Recipe, draw_video, hidden_aus, subject_names, synthesize
 from aufast.data.synthetic_face import NEUTRAL, View, draw_identity, face_landmarks, render
@@ -311,3 +312,17 @@ def test_synthesize_refuses_a_full_folder(tmp_path: Path) -> None:
         synthesize(tmp_path)
     with pytest.raises(ValueError, match="workers must be at least 1"):
         synthesize(tmp_path / "new", workers=0)
+
+
+def test_what_a_killed_drawing_leaves_is_gone_after_the_next(tmp_path: Path, monkeypatch) -> None:
+    recipe = Recipe(subjects=1, videos=1, frames=2, size=96)
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(synthetic.json, "dumps", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+        synthesize(tmp_path / "data", recipe)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".data.") and any(left.iterdir())
+    synthesize(tmp_path / "data", recipe)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]

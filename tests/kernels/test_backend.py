@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -106,6 +107,37 @@ def test_the_raw_operator_looks_at_every_tensors_device(
     match = f"aufast::{sample.operator}: {names[1]} is on meta, but {names[0]} is on cpu"
     with pytest.raises(ValueError, match=match):
         operator.redispatch(key, first, second.to("meta"), *rest)
+
+
+def large_graph(nodes: int) -> list[Any]:
+    """Arguments of `graph_gru` and of its backward up to `lengths`."""
+    shapes = [(2, 3, nodes, 4), (nodes, 2), (nodes, 2), *[(2, 9, 5)] * 3]
+    return [torch.randn(shape) for shape in shapes] + [None] * 5
+
+
+@pytest.mark.parametrize("nodes", [6, 48])
+def test_a_raw_call_with_tensors_of_the_cpu_says_where_the_kernel_runs(nodes: int) -> None:
+    """A graph of any size, though the CPU's kernel keeps something else for the backward from 48 nodes on."""
+    arguments = large_graph(nodes)
+    where = "the tensors are on cpu, and its kernel runs on cuda$"
+    with pytest.raises(ValueError, match=rf"^aufast::graph_gru\.triton: {where}"):
+        torch.ops.aufast.graph_gru.triton(*arguments, 0, True)
+    out, h_last, saved = torch.ops.aufast.graph_gru(*arguments, 0, True)
+    with pytest.raises(ValueError, match=rf"^aufast::graph_gru_backward\.triton: {where}"):
+        torch.ops.aufast.graph_gru_backward.triton(out, h_last, *arguments, out, saved, 0, 63)
+
+
+def test_the_backward_kernel_takes_what_its_forward_kept_and_nothing_else() -> None:
+    pytest.importorskip("triton")
+    from aufast.kernels import graph_gru
+
+    arguments = large_graph(48)
+    out, h_last, saved = torch.ops.aufast.graph_gru(*arguments, 0, True)
+    message = (
+        r"saved must be the gates \(2, 3, 48, 15\) that aufast::graph_gru\.triton keeps, got \(2, 1, 48, "
+    )
+    with pytest.raises(ValueError, match=message):
+        graph_gru.graph_gru_backward(out, h_last, *arguments, out, saved, 0, 63)
 
 
 def test_import_does_not_import_triton() -> None:

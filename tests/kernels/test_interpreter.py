@@ -38,7 +38,7 @@ def test_the_interpreter_agrees_on_one_call_of_each_operator() -> None:
             "",
             "tests/kernels/running",
             "-k",
-            "same_bits or opcheck",
+            "same_bits or opcheck and graph_gru",
         ],
         cwd=ROOT,
         env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},

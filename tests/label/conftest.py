@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         folders[name] = str(tmp_path_factory.mktemp("models") / name)
         model.eval().save_pretrained(Path(folders[name]))
     return folders
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _landmark_models_stay() -> Iterator[None]:
+    """Every run asks for dlib's predictor, 100 MB of a file; it may serve several runs and threads."""
+    import dlib
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dlib, "shape_predictor", lru_cache(maxsize=1)(dlib.shape_predictor))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,20 +1,131 @@
-"""Runs that stop in the middle of writing: a disk that is full, for real, and a kill at every step."""
+"""Runs that stop: kills, at work and at every step of writing, and places that cannot be written."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from aufast.label import LabelConfig, label_files
+from aufast.label.files import OutputError
 from tests.disks import run_on_disk
 from tests.label.clips import encode, face, moving
-from tests.label.test_run import given_faces, whole
+from tests.label.runs import config, folder_of_inputs, given_faces, run_cli, tables, whole
+
+
+@pytest.mark.slow
+def test_a_killed_run_leaves_whole_files_and_goes_on(tmp_path: Path, models: dict[str, str]) -> None:
+    """Killed at several moments; at the end the tables are those of a run that was left alone."""
+    inputs = folder_of_inputs(tmp_path)
+    encode(inputs / "long.mp4", moving(150))
+    label_files([str(inputs)], tmp_path / "alone", config(models["aar"], overlay=True))
+    arguments = (str(inputs), "--model", models["aar"], "--out", str(tmp_path / "out"), "--overlay")
+    (tmp_path / "out").mkdir()
+    unfinished = 0
+    for moment in (0.3, 1.0, 2.0):
+        process = run_cli(*arguments)
+        deadline = time.monotonic() + 60
+        while not list((tmp_path / "out").glob(".*.tmp")) and time.monotonic() < deadline:
+            if process.poll() is not None:
+                break
+            time.sleep(0.02)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(moment)
+        process.kill()
+        process.communicate()
+        unfinished += bool(list((tmp_path / "out").glob(".*.tmp")))
+        whole(tmp_path / "out")
+    assert unfinished, "at least one was killed at work"
+    out, _ = run_cli(*arguments).communicate()
+    assert "4 inputs: 3 ok, 1 no_face" in out
+    assert tables(tmp_path / "out") == tables(tmp_path / "alone")
+    assert not list((tmp_path / "out").glob(".*.tmp")), "what the killed ones left is gone"
+    whole(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_no_decoder_outlives_a_killed_run(tmp_path: Path, models: dict[str, str]) -> None:
+    video = encode(tmp_path / "v.mp4", moving(400))
+    process = run_cli(str(video), "--model", models["aar"], "--out", str(tmp_path / "out"))
+    children: list[int] = []
+    deadline = time.monotonic() + 60
+    while not children and time.monotonic() < deadline:
+        time.sleep(0.05)
+        text = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+        children = [int(word) for word in text.split()]
+    process.kill()
+    process.communicate()
+    assert children
+    while any(Path(f"/proc/{child}/fd/0").exists() for child in children):
+        assert time.monotonic() < deadline, "the decoder ends when nobody reads"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_full_disk_stops_the_run_with_one_sentence(tmp_path: Path, models: dict[str, str]) -> None:
+    """A limit on the size of files stands for the disk's end."""
+    Image.fromarray(face()).save(tmp_path / "a.png")
+    video = encode(tmp_path / "v.mp4", moving(30))
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2500, 2500))
+
+    arguments = (
+        str(tmp_path / "a.png"),
+        str(video),
+        "--model",
+        models["aar"],
+        "--out",
+        str(tmp_path / "out"),
+    )
+    process = run_cli(*arguments, "--format", "pyfeat", preexec_fn=limit)
+    _, err = process.communicate()
+    assert process.returncode == 1
+    assert re.search(
+        r"^aufast: the labels of .*v\.mp4 cannot be written: File too large; finished files are", err, re.M
+    )
+    assert "Traceback" not in err
+    assert tables(tmp_path / "out").keys() == {"a"} and not list((tmp_path / "out").glob(".*"))
+    assert label_files(
+        [str(tmp_path / "a.png")], tmp_path / "out", config(models["aar"], formats=("pyfeat",))
+    ).kept
+
+
+def test_an_output_folder_that_cannot_be_written(tmp_path: Path, models: dict[str, str]) -> None:
+    Image.fromarray(face()).save(tmp_path / "a.png")
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OutputError, match="file/run.jsonl cannot be written: "):
+        label_files([str(tmp_path / "a.png")], tmp_path / "file", config(models["aar"]))
+    (tmp_path / "locked").mkdir(mode=0o555)
+    model = shutil.copytree(models["aar"], tmp_path / "model")
+    for folder in [tmp_path, *tmp_path.parents]:
+        if folder.name.startswith(("pytest-", "test_")):
+            folder.chmod(0o755)
+    user = os.geteuid()
+    if user == 0:  # the root user may write everywhere, so become nobody for a moment
+        os.seteuid(65534)
+    try:
+        with pytest.raises(
+            (OutputError, ValueError), match="cannot be written: Permission denied|Permission"
+        ):
+            label_files(
+                [str(tmp_path / "a.png")], tmp_path / "locked", config(str(model), faces=str(tmp_path))
+            )
+    finally:
+        os.seteuid(user)
+    assert not list((tmp_path / "locked").iterdir())
+
 
 FILLED = """
 import json, sys

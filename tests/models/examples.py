@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -17,6 +18,9 @@ AUS = (1, 4, 12)
 MARGL_NAMES = MARGL.variants
 AAR_NAMES = AAR.variants
 NAMES = list_models()
+# Costly tests take these only with the slow ones: `roi` and `margl` have every part that these have.
+BETWEEN = ("aroi", "aroi-intra", "maroi", "maroi-intra")
+EACH = [pytest.param(name, marks=pytest.mark.slow) if name in BETWEEN else name for name in NAMES]
 
 
 def small(name: str, **options: object) -> MARGL | AAR:

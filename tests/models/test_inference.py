@@ -11,7 +11,7 @@ import torch
 from aufast import optimize_for_inference
 from aufast.models import load_model
 from aufast.models.inference import FusedConv
-from tests.models.examples import AAR_NAMES, NAMES, inputs, randomize, small
+from tests.models.examples import AAR_NAMES, EACH, inputs, randomize, small
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
@@ -26,7 +26,7 @@ def settled(name, **options):
     return model.eval()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 @torch.no_grad()
 def test_predictions_are_the_models(name):
     model = small(name).double().eval()
@@ -71,7 +71,7 @@ def test_prepacked_convolutions_give_the_same(name):
     torch.testing.assert_close(fast(*batch).probabilities, model(*batch).probabilities, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 @torch.no_grad()
 def test_bfloat16_stays_near(name):
     model = settled(name)
@@ -98,8 +98,16 @@ def test_it_is_saved_and_loaded(name, dtype, tmp_path):
         torch.testing.assert_close(found(*batch), expected)
 
 
-@DTYPES
-@pytest.mark.parametrize("name", ["margl", "aar"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("margl", torch.float32),
+        ("aar", torch.bfloat16),
+        pytest.param("margl", torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param("aar", torch.float32, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 @torch.no_grad()
 def test_it_exports(name, dtype, tmp_path):
     fast = optimize_for_inference(settled(name), dtype)
@@ -179,7 +187,7 @@ def test_misuse_is_named():
 
 @DTYPES
 @pytest.mark.parametrize("name", ["margl", "aar"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), pytest.param(float("inf"), marks=pytest.mark.slow)], ids=str)
 @torch.no_grad()
 def test_an_image_that_is_not_finite_has_no_probability(name, value, dtype):
     """Its own only: the others' are what they are without it."""

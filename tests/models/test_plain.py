@@ -7,7 +7,7 @@ import torch
 
 from aufast.models import AAR, AARConfig, create_model, load_model
 from aufast.models.layout import separate
-from tests.models.examples import NAMES, inputs, loss, randomize, small
+from tests.models.examples import EACH, inputs, loss, randomize, small
 
 
 def step(model, batch, labels):
@@ -34,7 +34,7 @@ def compare_a_step(model, batch):
     torch.testing.assert_close(separate(model, model.state_dict()), dict(plain.state_dict()))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_a_training_step_is_the_plain_forms(name):
     model = small(name).double()
     randomize(model)
@@ -65,7 +65,7 @@ def test_a_training_step_of_the_papers_size_is_the_plain_forms(name):
     compare_a_step(model, inputs(model, batch=2 if name == "margl" else 1, steps=2, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_either_layout_loads(name, tmp_path):
     model, other = small(name), small(name)
     randomize(model)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from aufast.models import AAR, MARGL, load_model, pretrained
-from tests.models.examples import NAMES, inputs, randomize, small
+from tests.models.examples import EACH, inputs, randomize, small
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def change_weights(folder, change):
     resign(folder)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_round_trip(name, tmp_path):
     model = small(name)
     randomize(model)
@@ -118,6 +118,25 @@ def test_killed_at_random_moments_a_save_leaves_one_model_or_is_refused(tmp_path
             assert any(whole)
     both[0].save_pretrained(tmp_path / "model")
     assert torch.equal(next(load_model(tmp_path / "model").parameters()), next(both[0].parameters()))
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_what_a_killed_save_leaves_is_gone_after_the_next(at, folder, monkeypatch):
+    """The kill comes while the first, the second or the last of the three files is forced to the disk."""
+    child = os.fork()
+    if child == 0:
+        calls = iter(range(1, at))
+        monkeypatch.setattr(
+            pretrained.os, "fsync", lambda _: next(calls, None) or os.kill(os.getpid(), signal.SIGKILL)
+        )
+        small("aar").save_pretrained(folder)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    names = ["SHA256SUMS", "config.json", "model.safetensors"]
+    assert len(os.listdir(folder)) == 4
+    small("aar").save_pretrained(folder)
+    assert sorted(os.listdir(folder)) == names
+    load_model(folder)
 
 
 def test_training_goes_on_after_loading(folder):

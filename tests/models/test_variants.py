@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from aufast.models import AAR, MARGL, create_model
-from tests.models.examples import AUS, NAMES, inputs, loss, randomize, small
+from tests.models.examples import AUS, EACH, NAMES, inputs, loss, randomize, small
 
 LEVELS = {"resnet18": 0, "roi": 1, "aroi": 1, "aroi-intra": 1, "maroi": 3, "maroi-intra": 3, "margl": 3}
 WITHOUT_ATTENTION = ("b-net", "bw-net")
@@ -45,7 +45,7 @@ def run_both_ways(model, batch, steps):
     assert all(name.endswith("bias") for name in still), still
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_forward_and_backward(name):
     run_both_ways(small(name), batch=2, steps=3)
 
@@ -73,7 +73,7 @@ def test_loss_falls_when_overfitting_one_batch(name):
     assert losses[-1] < 0.5 * losses[0], losses
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_a_batch_is_its_members(name):
     model = small(name).double().eval()
     randomize(model)
@@ -102,7 +102,7 @@ def test_empty_batch(name):
     check_shapes(model, model(*inputs(model, batch=0, steps=2)), batch=0, steps=2)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_float64_agrees_with_float32(name):
     model = small(name).eval()
     randomize(model)
@@ -113,7 +113,7 @@ def test_float64_agrees_with_float32(name):
     torch.testing.assert_close(found.float(), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_bfloat16_autocast_stays_near_float32(name):
     model = small(name).eval()
     batch = inputs(model)
@@ -127,7 +127,7 @@ def test_bfloat16_autocast_stays_near_float32(name):
         assert all(torch.equal(a, b) for a, b in zip(found.rois, expected.rois, strict=True))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_trains_in_bfloat16_autocast(name):
     model = small(name)
     batch = inputs(model)

@@ -359,7 +359,16 @@ t.test_low_precision_is_as_near_as_pytorch((9, 3, 12, 64, 32, 10), torch.bfloat1
 """
 
 
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512", "avx512_bf16", "amx"])
+@pytest.mark.parametrize(
+    "level",
+    [
+        "baseline",
+        "avx2",
+        pytest.param("avx512", marks=pytest.mark.slow),  # avx512_bf16 has its functions, and more
+        "avx512_bf16",
+        pytest.param("amx", marks=pytest.mark.slow),
+    ],
+)
 def test_every_instruction_set_level(level):
     code = LEVEL_CHECK.format(folder=os.path.dirname(__file__))
     run = subprocess.run(

@@ -17,6 +17,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:Since version 1.3.0, affine_grid
 COMPARABLE = [s for s in SAMPLES if s.name != "not_finite"]
 
 
+def costly(sample: Sample) -> list[pytest.MarkDecorator]:
+    """opcheck takes long: with the fast tests it looks at one call of each operator."""
+    return [] if sample in TYPICAL else [pytest.mark.slow]
+
+
 def wanted(sample: Sample) -> int:
     """The `needs` mask of every gradient that exists."""
     return sum(1 << k for k, t in enumerate(sample.tensors.values()) if t is not None)
@@ -31,7 +36,7 @@ def strides(tensor: Tensor) -> list[int]:
 @pytest.mark.parametrize(
     ("sample", "requires_grad"),
     [
-        *(pytest.param(s, True, id=f"{s}-grad") for s in COMPARABLE),
+        *(pytest.param(s, True, id=f"{s}-grad", marks=costly(s)) for s in COMPARABLE),
         *(pytest.param(s, False, id=f"{s}-no_grad") for s in TYPICAL),
     ],
 )
@@ -44,7 +49,7 @@ def test_opcheck(sample: Sample, requires_grad: bool) -> None:
 @pytest.mark.parametrize(
     ("sample", "needs"),
     [
-        *(pytest.param(s, wanted(s), id=f"{s}-all") for s in COMPARABLE),
+        *(pytest.param(s, wanted(s), id=f"{s}-all", marks=costly(s)) for s in COMPARABLE),
         *(pytest.param(s, needs, id=f"{s}-{needs:b}") for s in TYPICAL for needs in (0, 1, 2)),
     ],
 )

@@ -104,6 +104,17 @@ def small_tree(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def plain_tree(small_tree: Path) -> Path:
+    """The same without a word of torch, for what is compiled when: its headers take seconds."""
+    (small_tree / "csrc/cpu/common.h").write_text("#pragma once\n")
+    for name in ("first", "second"):
+        (small_tree / f"csrc/cpu/{name}.cpp").write_text(
+            f'#include "common.h"\nint {name}() {{ return 1; }}\n'
+        )
+    return small_tree
+
+
+@pytest.fixture
 def only_setuptools(tmp_path: Path) -> Path:
     """A site folder with this interpreter's setuptools and nothing else."""
     folder = tmp_path / "only-setuptools"

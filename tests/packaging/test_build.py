@@ -40,25 +40,25 @@ def test_builds_a_library_that_torch_loads(small_tree: Path) -> None:
     assert "tensor([[nan, nan, nan]])" in used.stdout, used.stdout
 
 
-def test_compiles_again_only_what_changed(small_tree: Path) -> None:
-    cpu = small_tree / "csrc/cpu"
+def test_compiles_again_only_what_changed(plain_tree: Path) -> None:
+    cpu = plain_tree / "csrc/cpu"
     (cpu / "alone.cpp").write_text("int alone() { return 1; }\n")
-    assert build(small_tree).stdout.count("compile ") == 3
-    assert "no work to do" in build(small_tree).stdout
+    assert build(plain_tree).stdout.count("compile ") == 3
+    assert "no work to do" in build(plain_tree).stdout
     with open(cpu / "common.h", "a") as header:
         header.write("\n")
-    changed = build(small_tree).stdout
+    changed = build(plain_tree).stdout
     assert changed.count("compile ") == 2 and "alone.cpp" not in changed
     (cpu / "alone.cpp").unlink()
-    assert build(small_tree).stdout.count("compile ") == 0
-    assert facts(small_tree)["cpu"]["reason"].startswith("2 sources")
+    assert build(plain_tree).stdout.count("compile ") == 0
+    assert facts(plain_tree)["cpu"]["reason"].startswith("2 sources")
 
 
-def test_other_flags_compile_again(small_tree: Path) -> None:
-    assert build(small_tree).returncode == 0
-    assert build(small_tree, CXXFLAGS="-DANOTHER").stdout.count("compile ") == 2
-    assert build(small_tree, DEBUG="1").stdout.count("compile ") == 2
-    assert facts(small_tree)["cpu"]["reason"].endswith("debug")
+def test_other_flags_compile_again(plain_tree: Path) -> None:
+    assert build(plain_tree).returncode == 0
+    assert build(plain_tree, CXXFLAGS="-DANOTHER").stdout.count("compile ") == 2
+    assert build(plain_tree, DEBUG="1").stdout.count("compile ") == 2
+    assert facts(plain_tree)["cpu"]["reason"].endswith("debug")
 
 
 @pytest.mark.parametrize(
@@ -92,16 +92,16 @@ def test_an_old_compiler_is_named(small_tree: Path) -> None:
     assert "cpu  not built: old-g++ 8.3.0 cannot compile C++20 (g++ 11 or later can)\n" in done.stdout
 
 
-def test_an_error_in_a_source_stops_the_build(small_tree: Path) -> None:
-    (small_tree / "csrc/cpu/broken.cpp").write_text("this is no C++\n")
-    done = build(small_tree)
+def test_an_error_in_a_source_stops_the_build(plain_tree: Path) -> None:
+    (plain_tree / "csrc/cpu/broken.cpp").write_text("this is no C++\n")
+    done = build(plain_tree)
     assert done.returncode != 0
     assert "broken.cpp:1" in done.stdout and "AUFAST_SKIP_EXT=1 installs aufast without" in done.stdout
 
 
 @pytest.mark.parametrize("jobs", ["0", "-1", "many"])
-def test_max_jobs_must_be_a_number(small_tree: Path, jobs: str) -> None:
-    done = build(small_tree, MAX_JOBS=jobs)
+def test_max_jobs_must_be_a_number(plain_tree: Path, jobs: str) -> None:
+    done = build(plain_tree, MAX_JOBS=jobs)
     assert done.returncode != 0
     assert f"MAX_JOBS must be a positive whole number, got '{jobs}'" in done.stdout
 

@@ -239,10 +239,11 @@ def test_auditwheel_finds_libtorch_alone_outside_of_the_platform(wheel: Path, tm
 @pytest.mark.parametrize(
     ("variables", "reason"),
     [
-        ({"AUFAST_SKIP_EXT": "1"}, "AUFAST_SKIP_EXT is set"),
-        ({"CXX": "/nonexistent"}, "no C++ compiler was found (tried /nonexistent)"),
+        pytest.param({"AUFAST_SKIP_EXT": "1"}, "AUFAST_SKIP_EXT is set", marks=pytest.mark.slow, id="skip"),
+        pytest.param(
+            {"CXX": "/nonexistent"}, "no C++ compiler was found (tried /nonexistent)", id="no-compiler"
+        ),
     ],
-    ids=["skip", "no-compiler"],
 )
 def test_without_a_compiled_part_it_installs_and_works(
     full_tree: Path, tmp_path: Path, variables: dict[str, str], reason: str

@@ -16,7 +16,7 @@ from aufast import plot
 from aufast.cli import main
 from aufast.faces import FaceDetector, align_face
 from aufast.plot.overlay import COLORS, PANEL
-from tests.models.examples import NAMES, small
+from tests.models.examples import EACH, NAMES, small
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_every_variant_draws_what_it_has(name: str, aligned) -> None:
     assert plot.paper_figures(small(name).eval(), aligned).keys() == KINDS[name]
 

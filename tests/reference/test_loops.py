@@ -8,12 +8,17 @@ from torch import Tensor
 
 from aufast import reference
 from tests.reference import loops
-from tests.samples import SAMPLES, Sample, Tensors, differences_agree
+from tests.samples import SAMPLES, TYPICAL, Sample, Tensors, differences_agree
 
 # PyTorch remarks on crops of one pixel with align_corners=True; they are defined, and tested here.
 pytestmark = pytest.mark.filterwarnings("ignore:Since version 1.3.0, affine_grid behavior")
 
-SMOOTH = [s for s in SAMPLES if s.smooth and not s.empty]
+# Every derivative by itself; the tests of the operators take one random direction of each sample.
+DIFFERENTIATED = [
+    pytest.param(s, id=str(s), marks=[] if s in TYPICAL else [pytest.mark.slow])
+    for s in SAMPLES
+    if s.smooth and not s.empty
+]
 
 
 def define(sample: Sample, tensors: Tensors) -> tuple[Tensor, ...]:
@@ -53,7 +58,7 @@ def test_definition_equals_loops(sample: Sample) -> None:
         assert_equal(actual, expected)
 
 
-@pytest.mark.parametrize("sample", SMOOTH, ids=str)
+@pytest.mark.parametrize("sample", DIFFERENTIATED)
 def test_derivatives_equal_differences(sample: Sample) -> None:
     assert differences_agree(lambda tensors: define(sample, tensors), sample.inputs())
 
