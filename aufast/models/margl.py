@@ -314,7 +314,7 @@ class MARGL(Pretrained):
         node_width = config.graph_width if variant.intra else config.regional_channels
         # `backbone.fc` is the global head.
         self.backbone = ResNet18(m, config.backbone_width, **factory)
-        # As the images are: a gradient then comes in its weight's own layout, which saves a slow copy of each.
+        # As the images are: a gradient then comes in its weight's own layout, which saves slow copies.
         self.backbone.to(memory_format=torch.channels_last)
         self.levels = nn.ModuleList(
             RoiLevel(config, config.backbone_width * WIDTHS[level + 1], node_width, factory)
