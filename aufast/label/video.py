@@ -111,7 +111,8 @@ class VideoReader:
         self._timeout, self._stall = timeout, stall
         self._started = self._asked = time.monotonic()  # `_asked` is None while nobody waits for a frame
         self._closed = threading.Event()
-        threading.Thread(target=self._watch, name="decoder's time", daemon=True).start()
+        self._watcher = threading.Thread(target=self._watch, name="decoder's time", daemon=True)
+        self._watcher.start()
 
     def __enter__(self) -> VideoReader:
         return self
@@ -139,6 +140,7 @@ class VideoReader:
         self._process.kill()
         self._process.stdout.close()
         self._process.wait()
+        self._watcher.join()
 
     def _watch(self) -> None:
         """End the decoder when its time is up, or when somebody has waited too long for a frame."""

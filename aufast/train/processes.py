@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import importlib
 import os
 from dataclasses import dataclass
 
@@ -73,6 +74,9 @@ def join(device: str = "auto") -> Processes:
             raise ValueError(f"device {device}: PyTorch sees {torch.cuda.device_count()} GPUs here")
         torch.cuda.set_device(place)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        # Its functions keep the group that is there at its import, else done when a model is wrapped:
+        # the group's threads would run into the interpreter's end, which can abort the process.
+        importlib.import_module("torch.distributed.nn.functional")
         # Until this process ends: a second group on the same port could meet the store of the first.
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)

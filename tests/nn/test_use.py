@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from aufast.nn import AdaptiveGraphGRU, AdaptiveRoi, GraphConv, GraphGRU, RegionLayer, RoiCrop
+from tests.groups import group_threads
 
 BOXES = torch.tensor([[[0.5, 1.0, 6.0, 7.0], [1.0, 0.0, 5.0, 3.0]]]).repeat(2, 1, 1)
 Make = tuple[Callable[..., nn.Module], Callable[[], tuple[Tensor, ...]]]
@@ -195,6 +197,8 @@ def test_the_layers_travel_to_a_spawned_process() -> None:
 
 
 def train_together(rank: int, folder: str) -> None:
+    # Wrapping a module imports this; its functions keep a group that is there by then (docs/decisions.md).
+    importlib.import_module("torch.distributed.nn.functional")
     torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
     for name in WITH_PARAMETERS:
         torch.manual_seed(0)
@@ -202,13 +206,16 @@ def train_together(rank: int, folder: str) -> None:
         layer, inputs = make(), given()  # two of each input: one for each process
         model = nn.parallel.DistributedDataParallel(layer)
         first(model(*(value[rank::2] for value in inputs))).square().mean().backward()
+        assert group_threads()
         if rank == 0:
             alone = copy.deepcopy(layer)
             alone.zero_grad()
             first(alone(*inputs)).square().mean().backward()
             for found, truth in zip(layer.parameters(), alone.parameters(), strict=True):
                 torch.testing.assert_close(found.grad, truth.grad)
+    del model
     torch.distributed.destroy_process_group()
+    assert not group_threads()
 
 
 @pytest.mark.slow

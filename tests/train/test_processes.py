@@ -28,17 +28,21 @@ SIZES = {
 
 # What each process does: trains, tests, and writes down what it found.
 SCRIPT = """
-import dataclasses, json, os, sys
+import atexit, dataclasses, json, os, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from aufast.train import evaluate_runs, train
 from aufast.train.checkpoint import load_checkpoint
+from tests.groups import group_threads
 from tests.train.runs import MAKERS
 from tests.train.test_processes import SIZES
 system, packed, folder = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+left = folder / (os.environ["RANK"] + ".left")
+atexit.register(lambda: left.write_text(json.dumps(group_threads())))  # what comes first runs last
 assert train(MAKERS[system](packed, **SIZES[system]), folder / "two")
 found = dataclasses.asdict(evaluate_runs([folder / "two"], device="cpu"))
+assert group_threads()
 (folder / (os.environ["RANK"] + ".json")).write_text(json.dumps(found))
 """
 
@@ -49,7 +53,11 @@ def torchrun(folder: Path, script: str, *words: object) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD}"]
     command += [str(folder / "script.py"), *map(str, words)]
     return subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -86,6 +94,7 @@ def test_two_processes_take_the_steps_of_one(packed, tmp_path, system):
     alone = json.dumps(dataclasses.asdict(evaluate_runs([tmp_path / "two"], device="cpu")))
     assert [(tmp_path / f"{rank}.json").read_text() for rank in range(WORLD)] == [alone] * WORLD
     assert sum(json.loads(alone)["pooled"]["frames"]) > 0
+    assert [(tmp_path / f"{rank}.left").read_text() for rank in range(WORLD)] == ["[]"] * WORLD
 
 
 @pytest.mark.parametrize("system", MAKERS)
