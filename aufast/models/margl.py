@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from aufast.aus import AU_SETS
 from aufast.labels import check_labels
 from aufast.models.config import Checker
+from aufast.models.grouped import grouped_conv
 from aufast.models.layers import (
     ACTIVATIONS,
     NodeLinear,
@@ -207,8 +208,8 @@ class RegionalNetworks(Stacked):
         """Map crops (B, R, in_channels, h, w) to features (B, R, C)."""
         x = crops.flatten(1, 2).contiguous()  # (B, R·in_channels, h, w)
         activation = overwriting(self.activation)
-        x = activation(self.bn1(self.conv1(x)))  # (B, R·C, h, w)
-        x = activation(self.bn2(self.conv2(x)))
+        x = activation(self.bn1(grouped_conv(x, self.conv1)))  # (B, R·C, h, w)
+        x = activation(self.bn2(grouped_conv(x, self.conv2)))
         return x.mean((2, 3)).unflatten(1, (self.networks, -1))  # (B, R, C)
 
 
@@ -313,6 +314,8 @@ class MARGL(Pretrained):
         node_width = config.graph_width if variant.intra else config.regional_channels
         # `backbone.fc` is the global head.
         self.backbone = ResNet18(m, config.backbone_width, **factory)
+        # As the images are: a gradient then comes in its weight's own layout, which saves slow copies.
+        self.backbone.to(memory_format=torch.channels_last)
         self.levels = nn.ModuleList(
             RoiLevel(config, config.backbone_width * WIDTHS[level + 1], node_width, factory)
             for level in self._levels

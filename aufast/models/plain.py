@@ -159,7 +159,8 @@ PLAIN: dict[type[nn.Module], Callable[..., nn.Module]] = {
 
 def plain_form(model: Model) -> Model:
     """The same model with a module for every patch, branch, region and output: see `Pretrained.reference`."""
-    plain = copy.deepcopy(model)
+    # In PyTorch's own layout, whichever the model has its weights in.
+    plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     parameter = next(model.parameters())
     factory = {"device": parameter.device, "dtype": parameter.dtype}
     for name, module in list(plain.named_modules()):

@@ -10,7 +10,7 @@ import torch
 
 from aufast import optimize_for_inference
 from aufast.models import load_model
-from aufast.models.inference import FusedConv
+from aufast.models.inference import FusedConv, pooled
 from tests.models.examples import AAR_NAMES, EACH, inputs, randomize, small
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -217,3 +217,13 @@ def test_made_and_called_under_inference_mode(name):
     torch.testing.assert_close(
         fast(*batch).probabilities, model.eval()(*batch).probabilities, atol=1e-4, rtol=0
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pooling_without_indices_is_the_max_pool(dtype):
+    x = torch.randn(2, 5, 8, 6).relu().to(dtype, memory_format=torch.channels_last)
+    x[0, 0, :4] = 0
+    x[1, 2, 3, 3] = torch.inf
+    found = pooled(x)
+    assert torch.equal(found, torch.nn.functional.max_pool2d(x, 3, 2, 1))
+    assert found.is_contiguous(memory_format=torch.channels_last)

@@ -9,6 +9,7 @@ from torch import nn
 
 from aufast.aus import AU_SETS
 from aufast.models import MARGL, MARGLConfig, relation_adjacency
+from aufast.models.grouped import GROUPS, grouped_conv, weight_gradient
 from aufast.models.margl import RegionalNetworks
 from tests.models.examples import AUS, inputs, randomize, small
 
@@ -77,6 +78,44 @@ def test_regional_networks_are_independent():
                     getattr(alone[mine], key).copy_(getattr(getattr(networks, theirs), key)[own])
         expected = alone.eval()(crops[:, roi]).mean((2, 3))
         torch.testing.assert_close(networks(crops)[:, roi], expected)
+
+
+@pytest.mark.parametrize(
+    ("groups", "shape"), [(1, (3, 4, 5)), (GROUPS + 1, (2, 3, 4)), (2, (1, 1, 6)), (3, (2, 2, 1))]
+)
+def test_the_gradient_of_grouped_weights_is_the_convolutions(groups, shape):
+    batch, height, width = shape
+    x = torch.randn(batch, 3 * groups, height, width, dtype=torch.float64)
+    weight = torch.randn(2 * groups, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+    found = torch.nn.functional.conv2d(x, weight, padding=1, groups=groups)
+    grad = torch.randn_like(found)
+    (expected,) = torch.autograd.grad(found, weight, grad)
+    torch.testing.assert_close(weight_gradient(x, grad, groups), expected)
+
+
+def test_regional_networks_have_all_their_gradients():
+    networks = RegionalNetworks(2, 2, 3, True, "tanh", {"dtype": torch.float64}).eval()
+    crops = torch.randn(2, 2, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+    weights = (networks.conv1.weight, networks.conv2.weight)
+    assert grouped_conv(crops.flatten(1, 2), networks.conv1).grad_fn.name() == "_GroupedConvBackward"
+
+    def run(crops, first, second):
+        swapped = {"conv1.weight": first, "conv2.weight": second}
+        return torch.func.functional_call(networks, swapped, crops)
+
+    assert torch.autograd.gradcheck(run, (crops, *weights), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(run, (crops, *weights))
+
+
+def test_a_gradient_comes_in_its_weights_own_layout():
+    model = small("margl")
+    model(*inputs(model)).level_logits.sum().backward()
+    for part, layout in (
+        (model.backbone.layer2[0].conv1, torch.channels_last),
+        (model.levels[0].regional.conv1, torch.contiguous_format),
+    ):
+        assert part.weight.is_contiguous(memory_format=layout)
+        assert part.weight.grad.stride() == part.weight.stride()
 
 
 A0 = torch.tensor([[1.0, 0.0, 1.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
