@@ -557,6 +557,22 @@ void thetas_backward(const Thetas<T>& t, Team& team, const T* zeros, bool add_we
   });
 }
 
+// `width` columns of `count` rows, `from_row` apart, to rows that are `to_row` apart and padded with zeros.
+template <class T, class W>
+void transpose_rows(const W* from, int64_t from_row, int64_t count, int64_t width, T* to, int64_t to_row) {
+  for (int64_t r = 0; r < padded<T>(count); r += lanes<T>)
+    for (int64_t n = 0; n < width; n += lanes<T>) {
+      vec<T> square[lanes<T>];
+#pragma GCC unroll 16
+      for (int k = 0; k < lanes<T>; ++k)
+        square[k] = r + k < count ? load_as(from + (r + k) * from_row + n) : vec<T>{};
+      transpose<T>(square);
+#pragma GCC unroll 16
+      for (int k = 0; k < lanes<T>; ++k)
+        if (n + k < width) store<T>(to + (n + k) * to_row + r, square[k]);
+    }
+}
+
 // The Θᵀ of a group, for one block of columns, to `theta` or as pairs.
 template <class T>
 void transpose_block(const TransposedPool<T>& pool, const Thetas<T>& t, Group group, int64_t item, T* scratch,
@@ -564,17 +580,14 @@ void transpose_block(const TransposedPool<T>& pool, const Thetas<T>& t, Group gr
   const int64_t column_blocks = pool.blocks() / pool.segments, segment = item / column_blocks;
   const int64_t begin = item % column_blocks * kTransposed, row = pool.row(), rows = pool.first + pool.second;
   const int64_t left = pool.live - begin, width = left < kTransposed ? left : kTransposed;
-  for (int64_t e = 0; e < t.embeddings; ++e) {
-    T* to = scratch + e * kTransposed * row;
-    for (int64_t i = 0; i < width * row; i += lanes<T>) store<T>(to + i, vec<T>{});
+  for (int64_t e = 0; e < t.embeddings; ++e)
     with_weights<T>(pool, [&]<class W>(const W* weights) {
       const W* from = weights + (e * pool.segments + segment) * rows * pool.columns + begin;
-      for (int64_t r = 0; r < rows; ++r, from += pool.columns) {
-        T* column = to + (r < pool.first ? r : padded<T>(pool.first) + r - pool.first);
-        for (int64_t n = 0; n < width; ++n) column[n * row] = value_of(from + n);
-      }
+      T* to = scratch + e * kTransposed * row;
+      transpose_rows<T>(from, pool.columns, pool.first, width, to, row);
+      transpose_rows<T>(from + pool.first * pool.columns, pool.columns, pool.second, width,
+                        to + padded<T>(pool.first), row);
     });
-  }
   const int64_t offset = group.begin * pool.block + pool.theta + (segment * pool.live + begin) * row;
   T* to = t.pairs == nullptr ? t.theta + offset : scratch + t.embeddings * kTransposed * row;
   const int64_t node = t.pairs == nullptr ? pool.block : width * row;

@@ -32,8 +32,8 @@ struct View {
   int64_t channel, row, pixel;
 };
 
-// The rows of a patch that is wanted next: fetched into the second cache while another is convolved, since
-// from memory they would be waited for. Sizes in bytes; none of it by default.
+// The rows of a patch that is wanted soon, to be read or to be written: fetched into the second cache while
+// another is convolved, since from memory they would be waited for. Sizes in bytes; none of it by default.
 struct Ahead {
   const char* patch = nullptr;
   int64_t plane = 0, step = 0, size = 0;  // from plane to plane and row to row, and of a row
@@ -48,7 +48,7 @@ struct ForwardKernels {
   int64_t channels;
   void (*load)(const T*, const View&, int64_t, const Grid&, const T*, const T*, A*);
   void (*pack)(const T*, int64_t, int64_t, A*);
-  void (*convolve)(const A*, const Grid&, int64_t, const A*, const A*, A*, Ahead&);
+  void (*convolve)(const A*, const Grid&, int64_t, const A*, const A*, A*, Ahead&, Ahead&);
   void (*store)(const A*, const View&, int64_t, const Grid&, T*);
 };
 
@@ -88,17 +88,16 @@ accumulator<T> widen(T value) {
   return AUFAST_PICK(element<T>)(&value);
 }
 
-// The patch that begins at `patch`, fetched in `blocks` shares.
+// `channels` channels of the patch that begins at `patch`, fetched in `blocks` shares.
 template <class T>
-Ahead ahead(const T* patch, const View& view, const Grid& g, int64_t blocks) {
+Ahead ahead(const T* patch, const View& view, const Grid& g, int64_t channels, int64_t blocks) {
   constexpr int64_t bytes = sizeof(T);
   Ahead next{reinterpret_cast<const char*>(patch),
              view.channel * bytes,
              view.row * bytes,
-             g.columns * bytes,
+             ((g.columns - 1) * view.pixel + (g.channels_last ? channels : 1)) * bytes,
              g.rows,
-             g.rows * g.in};
-  if (g.channels_last) next.size *= g.in, next.count = g.rows;
+             g.rows * (g.channels_last ? 1 : channels)};
   next.share = (next.count + blocks - 1) / blocks;
   return next;
 }
@@ -110,7 +109,7 @@ void forward(const Operands<T>& a, T* out, const Grid& g) {
   const ForwardKernels<T> run = AUFAST_PICK(forward_kernels<T>)();
   const int64_t block = AUFAST_PICK(filters_per_block)(), depth = (g.in + run.channels - 1) / run.channels;
   const int64_t plane = AUFAST_PICK(plane_size<T>)(g), flat = AUFAST_PICK(result_size<T>)(g);
-  const int64_t blocks = (g.out + block - 1) / block;
+  const int64_t blocks = (g.out + block - 1) / block, shares = AUFAST_PICK(position_blocks<T>)(g);
   torch::stable::parallel_for(0, g.patches * g.patches * g.batch, 1, [&](int64_t begin, int64_t end) {
     std::vector<A> planes(depth * plane), packed(blocks * block * depth * 9), result(block * flat + kSlack),
         bias(block);
@@ -125,14 +124,16 @@ void forward(const Operands<T>& a, T* out, const Grid& g) {
       Ahead next;
       if (item + 1 < end) {
         const T* patch = a.x + origin(g, from, g.in, (item + 1) % g.batch, (item + 1) / g.batch);
-        next = ahead(patch, from, g, blocks * AUFAST_PICK(position_blocks<T>)(g));
+        next = ahead(patch, from, g, g.in, blocks * shares);
       }
       for (int64_t first = 0; first < g.out; first += block) {
         const int64_t filters = std::min(block, g.out - first);
+        T* place = out + origin(g, to, g.out, b, index) + first * to.channel;
+        Ahead own = ahead(place, to, g, filters, shares);
         for (int64_t f = 0; a.bias && f < filters; ++f) bias[f] = widen(a.bias[index * g.out + first + f]);
         run.convolve(planes.data(), g, depth, packed.data() + first * depth * 9, bias.data(), result.data(),
-                     next);
-        run.store(result.data(), to, filters, g, out + origin(g, to, g.out, b, index) + first * to.channel);
+                     next, own);
+        run.store(result.data(), to, filters, g, place);
       }
     }
   });
@@ -207,7 +208,7 @@ class BackwardItem {
     Ahead none;
     for (int64_t first = 0; first < g_.in; first += block_) {
       AUFAST_PICK(convolve<T>)
-      (grad_, g_, g_.out, packed_.data() + first * g_.out * 9, zero_bias_.data(), result_.data(), none);
+      (grad_, g_, g_.out, packed_.data() + first * g_.out * 9, zero_bias_.data(), result_.data(), none, none);
       AUFAST_PICK(finish_patch<T>)
       (result_.data(), planes_.data() + first * plane_, x + first * view.channel, view, g_,
        std::min(block_, g_.in - first), scale ? scale + first : nullptr, g_.in, sums + first,

@@ -76,6 +76,7 @@ using torch::stable::Tensor;
 constexpr int64_t kEnoughItems = 16;         // below, the forward also splits the regions of an image
 constexpr int64_t kCachedBytes = 160 << 10;  // of an item's maps, well inside the second cache
 constexpr int64_t kStagedBytes = 12 << 10;   // of a region's points, well inside the first
+constexpr int64_t kWalked = 4;               // tiles of channels that a level may walk together
 constexpr int64_t kLine = 64;                // bytes
 constexpr int kWantFeatures = 1, kWantRois = 2;
 
@@ -212,7 +213,8 @@ class Worker {
  private:
   static int64_t staged_channels(int64_t area, int64_t range) {
     const int64_t tiles = kStagedBytes / (area * kPlaneTile * static_cast<int64_t>(sizeof(A)));
-    return std::min(range, kPlaneTile * std::max<int64_t>(1, tiles));
+    return std::min(range,
+                    kPlaneTile * std::max<int64_t>(1, tiles < kWalked ? tiles : tiles / kWalked * kWalked));
   }
   Staging<A> stage() {
     if (in_place_) return {};

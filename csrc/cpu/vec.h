@@ -8,6 +8,7 @@
 //   load_bf16(p), store_bf16(p, v)      vec<float> from and to lanes<float> bfloat16 values, round to nearest
 //   even vexp, vsigmoid, vtanh               error against the exact value: docs/operators/graph_gru.md,
 //   "Vector functions"
+//   transpose(rows)                     a square of lanes<T> rows
 
 template <class T>
 struct VecOf;
@@ -135,6 +136,43 @@ AUFAST_INLINE void store_as(T* p, vec<acc<T>> v) {
   } else {
     store<T>(p, v);
   }
+}
+
+// Square of lanes × lanes, its rows for its columns. Step by step two rows exchange what is not theirs: these
+// are the lanes that the first and the second of them take.
+template <class T>
+struct Exchange {
+  typedef decltype(vec_bits<T>{}[0] + 0) Lane;
+  Lane first[lanes<T>], second[lanes<T>];
+
+  constexpr explicit Exchange(int step) : first{}, second{} {
+    constexpr int n = lanes<T>;
+    for (int j = 0; j < n; ++j) {
+      first[j] = j & step ? n + j - step : j;
+      second[j] = j & step ? n + j : j + step;
+    }
+  }
+};
+template <int kStep, class T>
+AUFAST_INLINE void exchange(vec<T>* v) {
+  static constexpr Exchange<T> kLanes(kStep);
+  vec_bits<T> first, second;
+  __builtin_memcpy(&first, kLanes.first, sizeof(first));
+  __builtin_memcpy(&second, kLanes.second, sizeof(second));
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes<T>; ++i) {
+    if (i & kStep) continue;
+    const vec<T> a = v[i], b = v[i + kStep];
+    v[i] = __builtin_shuffle(a, b, first);
+    v[i + kStep] = __builtin_shuffle(a, b, second);
+  }
+}
+template <class T>
+AUFAST_INLINE void transpose(vec<T> (&v)[lanes<T>]) {
+  exchange<1, T>(v);
+  if constexpr (lanes<T> > 2) exchange<2, T>(v);
+  if constexpr (lanes<T> > 4) exchange<4, T>(v);
+  if constexpr (lanes<T> > 8) exchange<8, T>(v);
 }
 
 template <class T>
