@@ -26,10 +26,10 @@ def trained(name, **options):
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["b-net", "aa", "aar"])
 def test_common_aus_of_aar_answer_as_before(name):
-    source, model = trained(name), small(name, aus=NEW).eval()
+    source, model = trained(name).double(), small(name, aus=NEW).eval().double()
     lines = start_from(model, source, shared=True)
     assert lines[0].endswith("AU 12, 4, 1") and lines[1] == "fresh: AU 9, 25"
-    (clips,) = inputs(source)
+    (clips,) = inputs(source, dtype=torch.float64)
     found, expected = model(clips), source(clips)
     for new, old in COMMON:
         torch.testing.assert_close(found.frame_logits[..., new], expected.frame_logits[..., old])
@@ -46,10 +46,10 @@ def test_common_aus_of_aar_answer_as_before(name):
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["resnet18", "roi", "maroi"])
 def test_common_aus_of_margl_answer_as_before(name):
-    source, model = trained(name), small(name, aus=NEW).eval()
+    source, model = trained(name).double(), small(name, aus=NEW).eval().double()
     start_from(model, source, shared=True)
-    images, centers = inputs(source)
-    moved = torch.rand(2, 2, len(NEW), 2) * 64
+    images, centers = inputs(source, dtype=torch.float64)
+    moved = torch.rand(2, 2, len(NEW), 2, dtype=torch.float64) * 64
     for new, old in COMMON:
         moved[:, :, new] = centers[:, :, old]
     found, expected = model(images, moved), source(images, centers)
