@@ -66,9 +66,8 @@ class Draft:
             # Until it is locked it looks like a leftover, and may be gone.
             with contextlib.suppress(FileNotFoundError):
                 self._lock = _open(self.place)
-                with contextlib.suppress(
-                    OSError
-                ):  # a file system without locks: then nobody clears up either
+                # A file system may have no locks: then nobody clears up either.
+                with contextlib.suppress(OSError):
                     fcntl.flock(self._lock, fcntl.LOCK_EX)
                 if not self.place.exists():
                     self._close()

@@ -33,11 +33,16 @@ class _Library(torch.library.Library):
         super().impl(op_name, fn, dispatch_key, **options)
 
 
+def has_tangent(*values: Any) -> bool:
+    """Whether a tensor among the values is differentiated in forward mode."""
+    return forward_ad._current_level >= 0 and any(
+        isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None for value in values
+    )
+
+
 def _refusing_tangents(kernel: Callable[..., Any]) -> Callable[..., Any]:
     def checked(keyset: Any, *args: Any, **kwargs: Any) -> Any:
-        if forward_ad._current_level >= 0 and any(
-            isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None for value in args
-        ):
+        if has_tangent(*args):
             raise RuntimeError(
                 "torch.ops.aufast has no forward-mode derivatives; the functions of aufast.ops have them"
             )

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.autograd import forward_ad
 
 from aufast import reference
 from aufast.ops import direct
@@ -16,6 +15,7 @@ from aufast.ops.backends import choose
 from aufast.ops.checks import Shapes, output_size
 from aufast.ops.registration import (
     dense,
+    has_tangent,
     image_format,
     needs_mask,
     operator,
@@ -87,9 +87,7 @@ def _cuda_limit(features: Tensor, width: int, height: int) -> str | None:
 
 def _refuse_tangents(features: Tensor, rois: Tensor) -> None:
     """Say it before PyTorch's grid_sample does, which speaks of itself."""
-    if forward_ad._current_level >= 0 and any(
-        forward_ad.unpack_dual(value).tangent is not None for value in (features, rois)
-    ):
+    if has_tangent(features, rois):
         raise NotImplementedError(
             "roi_crop: no forward mode (torch.func.jvp, torch.autograd.forward_ad), because PyTorch's"
             " grid_sample has no forward AD; use reverse mode"

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from aufast.faces.images import BACKGROUND, check_image, load_image
+from tests.orientations import STORED
 
 PIXELS = np.random.default_rng(0).integers(
     0, 256, (6, 9, 3), dtype=np.uint8
@@ -67,18 +68,6 @@ def test_lossless_formats_are_exact(tmp_path: Path, suffix: str) -> None:
 def test_jpeg_whatever_its_name(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(encoded(SMOOTH, "JPEG", quality=100, subsampling=0))
     assert np.abs(load_image(tmp_path / "a.png").astype(int) - SMOOTH).max() <= 3
-
-
-STORED = {  # how an upright picture lies in a file of each EXIF orientation
-    1: lambda upright: upright,
-    2: lambda upright: upright[:, ::-1],
-    3: lambda upright: upright[::-1, ::-1],
-    4: lambda upright: upright[::-1],
-    5: lambda upright: upright.transpose(1, 0, 2),
-    6: lambda upright: np.rot90(upright),
-    7: lambda upright: upright[::-1, ::-1].transpose(1, 0, 2),
-    8: lambda upright: np.rot90(upright, -1),
-}
 
 
 @pytest.mark.parametrize("orientation", STORED)
