@@ -18,11 +18,14 @@ from aufast.models.pretrained import INFERENCE_DTYPES
 from aufast.models.resnet import BasicBlock, ResNet18, ResNetOutput
 from aufast.models.single import conv_to_one, taps_to_one
 from aufast.nn import RegionConv, RegionLayer
+from aufast.ops.roi_conv import roi_conv, serves
 
 Model = TypeVar("Model", AAR, MARGL)
 
 # Frames that go through the frame network together: what a branch holds of them stays in the cache.
 FRAMES = 4
+# Crops of one network from which on minimal filtering is worth the products that it takes of its filters.
+ENOUGH_CROPS = 3
 
 
 def optimize_for_inference(model: Model, dtype: torch.dtype | str | None = None) -> Model:
@@ -118,7 +121,9 @@ class FusedConv(nn.Module):
             weight, bias = weight * scale[:, None, None, None], bias * scale
         if shift is not None:
             bias = bias + shift
-        self.weight = constant(weight.to(dtype, memory_format=torch.channels_last))
+        # Networks side by side may go through `roi_conv`, which reads them as they are.
+        layout = torch.channels_last if conv.groups == 1 else torch.contiguous_format
+        self.weight = constant(weight.to(dtype, memory_format=layout))
         self.bias = constant(bias.to(dtype))
         self.stride, self.padding, self.groups, self.relu = conv.stride, conv.padding, conv.groups, relu
         self._packed: tuple[Any, Tensor] | None = None
@@ -387,12 +392,18 @@ class FusedRegions(nn.Module):
 
     def forward(self, crops: Tensor) -> Tensor:
         """Map crops (B, R, in_channels, h, w) to features (B, R, C), in at least float32."""
-        x = (
-            crops.permute(0, 3, 4, 1, 2).flatten(3).permute(0, 3, 1, 2)
-        )  # (B, R·in_channels, h, w), channels_last
-        x = self.activation(self.conv1(x))  # (B, R·C, h, w)
-        x = full_precision(self.activation(self.conv2(x)))
+        x = self.activation(_regional_conv(crops, self.conv1))  # (B, R·C, h, w)
+        x = x.unflatten(1, (self.networks, -1))
+        x = full_precision(self.activation(_regional_conv(x, self.conv2)))
         return x.mean((2, 3)).unflatten(1, (self.networks, -1))  # (B, R, C)
+
+
+def _regional_conv(x: Tensor, conv: FusedConv) -> Tensor:
+    """Convolve (B, R, C_in, h, w), every ROI's maps with its own filters, to (B, R·C_out, h, w)."""
+    recorded = x.requires_grad and torch.is_grad_enabled()
+    if len(x) >= ENOUGH_CROPS and not recorded and serves(x, conv.weight):
+        return roi_conv(x, conv.weight, conv.bias, relu=conv.relu)
+    return conv(x.permute(0, 3, 4, 1, 2).flatten(3).permute(0, 3, 1, 2))  # channels_last
 
 
 def pooled(x: Tensor) -> Tensor:

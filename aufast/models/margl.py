@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from aufast.aus import AU_SETS
 from aufast.labels import check_labels
 from aufast.models.config import Checker
-from aufast.models.grouped import grouped_conv
 from aufast.models.layers import (
     ACTIVATIONS,
     NodeLinear,
@@ -24,6 +23,7 @@ from aufast.models.layers import (
 from aufast.models.pretrained import Pretrained
 from aufast.models.resnet import WIDTHS, ResNet18
 from aufast.nn import AdaptiveRoi
+from aufast.ops.roi_conv import roi_conv, serves
 
 LEVELS = ("layer2", "layer3", "layer4")
 
@@ -206,11 +206,18 @@ class RegionalNetworks(Stacked):
 
     def forward(self, crops: Tensor) -> Tensor:
         """Map crops (B, R, in_channels, h, w) to features (B, R, C)."""
-        x = crops.flatten(1, 2).contiguous()  # (B, R·in_channels, h, w)
         activation = overwriting(self.activation)
-        x = activation(self.bn1(grouped_conv(x, self.conv1)))  # (B, R·C, h, w)
-        x = activation(self.bn2(grouped_conv(x, self.conv2)))
+        x = activation(self.bn1(_regional_conv(crops, self.conv1)))  # (B, R·C, h, w)
+        x = x.unflatten(1, (self.networks, -1))
+        x = activation(self.bn2(_regional_conv(x, self.conv2)))
         return x.mean((2, 3)).unflatten(1, (self.networks, -1))  # (B, R, C)
+
+
+def _regional_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """Convolve (B, R, C_in, h, w), every ROI's maps with its own filters, to (B, R·C_out, h, w)."""
+    if conv.bias is None and serves(x, conv.weight):
+        return roi_conv(x, conv.weight)
+    return conv(x.flatten(1, 2).contiguous())
 
 
 class RelationGraph(nn.Module):

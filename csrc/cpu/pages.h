@@ -6,6 +6,8 @@
 #endif
 
 #include <cstdint>
+#include <cstdlib>
+#include <memory>
 
 namespace {
 
@@ -22,5 +24,35 @@ inline void prefer_huge_pages(void* memory, int64_t bytes) {
   (void)memory, (void)bytes;
 #endif
 }
+
+// A thread's workspace between calls. A fresh one is given page by page, each cleared by the system, which
+// takes longer than a short call's work. Large ones are not kept. AUFAST_FRESH_WORKSPACE=1 keeps none, so
+// that tests can fill new memory with NaN.
+class KeptWorkspace {
+ public:
+  // Null where the caller must bring memory of its own.
+  void* get(int64_t bytes) {
+    static const bool fresh = std::getenv("AUFAST_FRESH_WORKSPACE") != nullptr;
+    if (fresh || bytes > kMost) return nullptr;
+    if (bytes <= size_) return memory_.get();
+    memory_.reset();
+    size_ = (bytes + kPage - 1) / kPage * kPage;
+    memory_.reset(std::aligned_alloc(kPage, size_));
+    if (memory_ == nullptr) {
+      size_ = 0;
+      return nullptr;
+    }
+    prefer_huge_pages(memory_.get(), size_);
+    return memory_.get();
+  }
+
+ private:
+  static constexpr int64_t kMost = 16 << 20, kPage = 1 << 21;
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  std::unique_ptr<void, Free> memory_;
+  int64_t size_ = 0;
+};
 
 }  // namespace

@@ -9,8 +9,8 @@ from torch import nn
 
 from aufast.aus import AU_SETS
 from aufast.models import MARGL, MARGLConfig, relation_adjacency
-from aufast.models.grouped import GROUPS, grouped_conv, weight_gradient
 from aufast.models.margl import RegionalNetworks
+from aufast.ops.roi_conv import serves
 from tests.models.examples import AUS, inputs, randomize, small
 
 
@@ -80,31 +80,20 @@ def test_regional_networks_are_independent():
         torch.testing.assert_close(networks(crops)[:, roi], expected)
 
 
-@pytest.mark.parametrize(
-    ("groups", "shape"), [(1, (3, 4, 5)), (GROUPS + 1, (2, 3, 4)), (2, (1, 1, 6)), (3, (2, 2, 1))]
-)
-def test_the_gradient_of_grouped_weights_is_the_convolutions(groups, shape):
-    batch, height, width = shape
-    x = torch.randn(batch, 3 * groups, height, width, dtype=torch.float64)
-    weight = torch.randn(2 * groups, 3, 3, 3, dtype=torch.float64, requires_grad=True)
-    found = torch.nn.functional.conv2d(x, weight, padding=1, groups=groups)
-    grad = torch.randn_like(found)
-    (expected,) = torch.autograd.grad(found, weight, grad)
-    torch.testing.assert_close(weight_gradient(x, grad, groups), expected)
-
-
-def test_regional_networks_have_all_their_gradients():
-    networks = RegionalNetworks(2, 2, 3, True, "tanh", {"dtype": torch.float64}).eval()
-    crops = torch.randn(2, 2, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("channels", [16, 3], ids=["roi_conv", "plain"])
+def test_regional_networks_have_all_their_gradients(channels):
+    networks = RegionalNetworks(2, channels, channels, True, "tanh", {"dtype": torch.float64}).eval()
+    crops = torch.randn(2, 2, channels, 3, 4, dtype=torch.float64, requires_grad=True)
     weights = (networks.conv1.weight, networks.conv2.weight)
-    assert grouped_conv(crops.flatten(1, 2), networks.conv1).grad_fn.name() == "_GroupedConvBackward"
+    assert serves(crops, weights[0]) == (channels == 16)
 
     def run(crops, first, second):
         swapped = {"conv1.weight": first, "conv2.weight": second}
         return torch.func.functional_call(networks, swapped, crops)
 
-    assert torch.autograd.gradcheck(run, (crops, *weights), check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(run, (crops, *weights))
+    inputs = (crops, *weights)
+    assert torch.autograd.gradcheck(run, inputs, check_forward_ad=True, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
 
 
 def test_a_gradient_comes_in_its_weights_own_layout():
