@@ -18,14 +18,12 @@ from aufast.models.pretrained import INFERENCE_DTYPES
 from aufast.models.resnet import BasicBlock, ResNet18, ResNetOutput
 from aufast.models.single import conv_to_one, taps_to_one
 from aufast.nn import RegionConv, RegionLayer
-from aufast.ops.roi_conv import roi_conv, serves
+from aufast.ops.conv3x3 import fused_conv3x3, serves
 
 Model = TypeVar("Model", AAR, MARGL)
 
 # Frames that go through the frame network together: what a branch holds of them stays in the cache.
 FRAMES = 4
-# Crops of one network from which on minimal filtering is worth the products that it takes of its filters.
-ENOUGH_CROPS = 3
 
 
 def optimize_for_inference(model: Model, dtype: torch.dtype | str | None = None) -> Model:
@@ -121,8 +119,9 @@ class FusedConv(nn.Module):
             weight, bias = weight * scale[:, None, None, None], bias * scale
         if shift is not None:
             bias = bias + shift
-        # Networks side by side may go through `roi_conv`, which reads them as they are.
-        layout = torch.channels_last if conv.groups == 1 else torch.contiguous_format
+        # What may go through `fused_conv3x3` is kept as that reads it.
+        minimal = weight.shape[2:] == (3, 3) and conv.stride == (1, 1) and dtype != torch.bfloat16
+        layout = torch.contiguous_format if minimal else torch.channels_last
         self.weight = constant(weight.to(dtype, memory_format=layout))
         self.bias = constant(bias.to(dtype))
         self.stride, self.padding, self.groups, self.relu = conv.stride, conv.padding, conv.groups, relu
@@ -130,6 +129,9 @@ class FusedConv(nn.Module):
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
         """Map (B, C_in, H, W) to (B, C_out, H', W'), adding `shortcut`, which it may overwrite."""
+        maps = x.unflatten(1, (self.groups, -1))
+        if self.minimal(maps):
+            return fused_conv3x3(maps, self.weight, self.bias, shortcut, relu=self.relu)
         if not _packs(x):
             x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, groups=self.groups)
             x = x if shortcut is None else x + shortcut
@@ -141,6 +143,14 @@ class FusedConv(nn.Module):
             return torch.ops.mkldnn._convolution_pointwise(x, self._pack(x), self.bias, *geometry, *unary)
         return torch.ops.mkldnn._convolution_pointwise_.binary(
             shortcut, x, self._pack(x), self.bias, *geometry, "add", None, *unary
+        )
+
+    def minimal(self, maps: Tensor) -> bool:
+        """Whether maps (B, groups, C_in, H, W) go through `fused_conv3x3`."""
+        return (
+            self.stride == self.padding == (1, 1)
+            and serves(maps, self.weight)
+            and not (maps.requires_grad and torch.is_grad_enabled())
         )
 
     def _pack(self, x: Tensor) -> Tensor:
@@ -400,9 +410,8 @@ class FusedRegions(nn.Module):
 
 def _regional_conv(x: Tensor, conv: FusedConv) -> Tensor:
     """Convolve (B, R, C_in, h, w), every ROI's maps with its own filters, to (B, R·C_out, h, w)."""
-    recorded = x.requires_grad and torch.is_grad_enabled()
-    if len(x) >= ENOUGH_CROPS and not recorded and serves(x, conv.weight):
-        return roi_conv(x, conv.weight, conv.bias, relu=conv.relu)
+    if conv.minimal(x):
+        return fused_conv3x3(x, conv.weight, conv.bias, relu=conv.relu)
     return conv(x.permute(0, 3, 4, 1, 2).flatten(3).permute(0, 3, 1, 2))  # channels_last
 
 

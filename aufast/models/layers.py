@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from aufast.ops.conv3x3 import conv3x3, serves
+
 Output = TypeVar("Output", bound=type)
 
 
@@ -78,6 +80,38 @@ class NodeLinear(Stacked):
 
     def extra_repr(self) -> str:
         return f"nodes={self.weight.shape[0]}, features={self.weight.shape[1]}"
+
+
+class Conv3x3(nn.Conv2d):
+    """A 3×3 convolution, stride 1 and zero padding 1, by minimal filtering where that is faster on a CPU.
+
+    Args:
+        in_channels: of all groups.
+        out_channels: of all groups.
+        groups: networks side by side.
+        bias: whether it has one.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        groups: int = 1,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        options = {"groups": groups, "bias": bias, "device": device, "dtype": dtype}
+        super().__init__(in_channels, out_channels, 3, padding=1, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C_in, H, W), or its groups apart (B, G, C_in / G, H, W), to (B, C_out, H, W)."""
+        maps = x if x.dim() == 5 else x.unflatten(1, (self.groups, -1))
+        if not serves(maps, self.weight):
+            return super().forward(maps.flatten(1, 2))
+        out = conv3x3(maps, self.weight)
+        return out if self.bias is None else out + self.bias[:, None, None]
 
 
 def full_precision(logits: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from aufast.labels import check_labels
 from aufast.models.config import Checker
 from aufast.models.layers import (
     ACTIVATIONS,
+    Conv3x3,
     NodeLinear,
     Stacked,
     check_pictures,
@@ -23,7 +24,6 @@ from aufast.models.layers import (
 from aufast.models.pretrained import Pretrained
 from aufast.models.resnet import WIDTHS, ResNet18
 from aufast.nn import AdaptiveRoi
-from aufast.ops.roi_conv import roi_conv, serves
 
 LEVELS = ("layer2", "layer3", "layer4")
 
@@ -194,30 +194,19 @@ class RegionalNetworks(Stacked):
     ):
         super().__init__()
         self.networks = rois
-        self.conv1 = nn.Conv2d(
-            rois * in_channels, rois * channels, 3, padding=1, groups=rois, bias=not norm, **factory
-        )
+        options = {"groups": rois, "bias": not norm, **factory}
+        self.conv1 = Conv3x3(rois * in_channels, rois * channels, **options)
         self.bn1 = nn.BatchNorm2d(rois * channels, **factory) if norm else nn.Identity()
-        self.conv2 = nn.Conv2d(
-            rois * channels, rois * channels, 3, padding=1, groups=rois, bias=not norm, **factory
-        )
+        self.conv2 = Conv3x3(rois * channels, rois * channels, **options)
         self.bn2 = nn.BatchNorm2d(rois * channels, **factory) if norm else nn.Identity()
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, crops: Tensor) -> Tensor:
         """Map crops (B, R, in_channels, h, w) to features (B, R, C)."""
         activation = overwriting(self.activation)
-        x = activation(self.bn1(_regional_conv(crops, self.conv1)))  # (B, R·C, h, w)
-        x = x.unflatten(1, (self.networks, -1))
-        x = activation(self.bn2(_regional_conv(x, self.conv2)))
+        x = activation(self.bn1(self.conv1(crops)))  # (B, R·C, h, w)
+        x = activation(self.bn2(self.conv2(x)))
         return x.mean((2, 3)).unflatten(1, (self.networks, -1))  # (B, R, C)
-
-
-def _regional_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """Convolve (B, R, C_in, h, w), every ROI's maps with its own filters, to (B, R·C_out, h, w)."""
-    if conv.bias is None and serves(x, conv.weight):
-        return roi_conv(x, conv.weight)
-    return conv(x.flatten(1, 2).contiguous())
 
 
 class RelationGraph(nn.Module):

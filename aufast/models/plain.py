@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from aufast.models.aar import AUBranches
-from aufast.models.layers import NodeLinear
+from aufast.models.layers import Conv3x3, NodeLinear
 from aufast.models.layout import separate
 from aufast.models.margl import RegionalNetworks
 from aufast.models.pretrained import Pretrained
@@ -154,6 +154,7 @@ PLAIN: dict[type[nn.Module], Callable[..., nn.Module]] = {
     AUBranches: Branches,
     RegionalNetworks: Regions,
     NodeLinear: Heads,
+    Conv3x3: lambda conv, factory: _conv(conv, 1, conv.in_channels, factory),
 }
 
 
@@ -163,10 +164,12 @@ def plain_form(model: Model) -> Model:
     plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     parameter = next(model.parameters())
     factory = {"device": parameter.device, "dtype": parameter.dtype}
-    for name, module in list(plain.named_modules()):
+    # What holds others comes before them, and is replaced as a whole.
+    while name := next((name for name, module in plain.named_modules() if type(module) in PLAIN), None):
+        module = plain.get_submodule(name)
+        plain.set_submodule(name, PLAIN[type(module)](module, factory))
+    for module in plain.modules():
         if isinstance(module, (GraphConv, GraphGRU, RoiCrop)):
             module.backend = "reference"
-        elif type(module) in PLAIN:
-            plain.set_submodule(name, PLAIN[type(module)](module, factory))
     plain.load_state_dict(separate(model, model.state_dict()))
     return plain.train(model.training)

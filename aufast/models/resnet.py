@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from aufast.models.layers import Conv3x3
+
 WIDTHS = (1, 2, 4, 8)  # of the four layers, in units of the first one's
 
 
@@ -28,9 +30,13 @@ class BasicBlock(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, stride: int, factory: dict):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False, **factory)
+        self.conv1 = (
+            Conv3x3(in_channels, channels, **factory)
+            if stride == 1
+            else nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False, **factory)
+        )
         self.bn1 = nn.BatchNorm2d(channels, **factory)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False, **factory)
+        self.conv2 = Conv3x3(channels, channels, **factory)
         self.bn2 = nn.BatchNorm2d(channels, **factory)
         self.downsample = None
         if stride != 1 or in_channels != channels:

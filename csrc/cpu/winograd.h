@@ -6,7 +6,8 @@
 //   v = (d0 - d2, d1 + d2, d2 - d1, d1 - d3)    u = (g0, (g0 + g1 + g2)/2, (g0 - g1 + g2)/2, g2)
 //   m = u v                                     y = (m0 + m1 + m2, m1 - m2 - m3)
 //
-// Along both, four results take sixteen, called points. Backward, each of the three maps is transposed.
+// Along both, four results take sixteen, called points. The gradient of the filters takes the transposes of
+// the last two maps, for results and for taps.
 
 constexpr int kPoints = 16;
 
@@ -17,14 +18,6 @@ struct PixelsToPoints {
   static AUFAST_INLINE void line(const V* d, V* v, int step, int to) {
     v[0] = d[0] - d[2 * step], v[to] = d[step] + d[2 * step];
     v[2 * to] = d[2 * step] - d[step], v[3 * to] = d[step] - d[3 * step];
-  }
-};
-struct PointsToPixels {
-  static constexpr int kFrom = 4, kTo = 4;
-  template <class V>
-  static AUFAST_INLINE void line(const V* v, V* d, int step, int to) {
-    d[0] = v[0], d[to] = v[step] - v[2 * step] + v[3 * step];
-    d[2 * to] = v[step] + v[2 * step] - v[0], d[3 * to] = -v[3 * step];
   }
 };
 struct TapsToPoints {

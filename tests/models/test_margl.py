@@ -10,7 +10,7 @@ from torch import nn
 from aufast.aus import AU_SETS
 from aufast.models import MARGL, MARGLConfig, relation_adjacency
 from aufast.models.margl import RegionalNetworks
-from aufast.ops.roi_conv import serves
+from aufast.ops.conv3x3 import serves
 from tests.models.examples import AUS, inputs, randomize, small
 
 
@@ -80,10 +80,10 @@ def test_regional_networks_are_independent():
         torch.testing.assert_close(networks(crops)[:, roi], expected)
 
 
-@pytest.mark.parametrize("channels", [16, 3], ids=["roi_conv", "plain"])
+@pytest.mark.parametrize("channels", [16, 3], ids=["conv3x3", "plain"])
 def test_regional_networks_have_all_their_gradients(channels):
     networks = RegionalNetworks(2, channels, channels, True, "tanh", {"dtype": torch.float64}).eval()
-    crops = torch.randn(2, 2, channels, 3, 4, dtype=torch.float64, requires_grad=True)
+    crops = torch.randn(9, 2, channels, 3, 4, dtype=torch.float64, requires_grad=True)
     weights = (networks.conv1.weight, networks.conv2.weight)
     assert serves(crops, weights[0]) == (channels == 16)
 
