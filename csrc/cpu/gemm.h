@@ -364,6 +364,26 @@ AUFAST_INLINE __m512i load_words(const uint16_t* p, bool whole) {
 }
 #endif
 
+// The sum of each of COUNT vectors; its lanes are added in the order in which sum() adds them.
+template <int COUNT, class T>
+AUFAST_INLINE void sum_each(const vec<T>* v, T* totals) {
+  if constexpr (COUNT % lanes<T> == 0) {
+#pragma GCC unroll 8
+    for (int k = 0; k < COUNT; k += lanes<T>) {
+      vec<T> square[lanes<T>];
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes<T>; ++i) square[i] = v[k + i];
+      transpose<T>(square);
+      vec<T> total = square[0];
+#pragma GCC unroll 16
+      for (int i = 1; i < lanes<T>; ++i) total += square[i];
+      store<T>(totals + k, total);
+    }
+  } else {
+    for (int k = 0; k < COUNT; ++k) totals[k] = sum<T>(v[k]);
+  }
+}
+
 template <int ROWS, int COLUMNS, class T, class InA, class InB>
 void dot_tile(const RowProducts<T, InA, InB>& p, int64_t i0, int64_t j0, int64_t begin, int64_t end) {
   vec<T> sums[ROWS][COLUMNS] = {};
@@ -402,10 +422,12 @@ void dot_tile(const RowProducts<T, InA, InB>& p, int64_t i0, int64_t j0, int64_t
       }
     }
   }
+  T totals[ROWS * COLUMNS];
+  sum_each<ROWS * COLUMNS, T>(&sums[0][0], totals);
 #pragma GCC unroll 4
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < COLUMNS; ++j) p.C[(i0 + i) * p.c_row + j0 + j] += sum<T>(sums[i][j]);
+    for (int j = 0; j < COLUMNS; ++j) p.C[(i0 + i) * p.c_row + j0 + j] += totals[i * COLUMNS + j];
 }
 
 template <int ROWS, class AnyProducts>

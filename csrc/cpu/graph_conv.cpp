@@ -15,6 +15,8 @@ namespace {
 constexpr int64_t kFewFrames = 96;        // up to here one block: split by nodes
 constexpr int64_t kForwardFrames = 48;    // frames of a forward item
 constexpr int64_t kBackwardFrames = 192;  // frames between two rendezvous of the backward
+constexpr int64_t kFewNodes = 32;         // with few frames: the backward is split by input channels
+constexpr int64_t kChannels = 32;         // input channels of an item of that backward
 
 // Stored: how x, the output and their gradients lie in memory, T or bfloat16.
 template <class T, class Stored>
@@ -28,14 +30,46 @@ struct ConvCall {
   Stored *out, *grad_x;
   bool want_theta, want_graph;
   T *zeros, *one, *gamma, *scratch;
+  bool pairs;            // the backward takes products of bfloat16 pairs
+  bool by_channels;      // the backward is split by input channels, else by nodes
+  T* partial_S;          // by channels: each item's part of grad S, (items, K, m, row)
   int64_t scratch_size;  // of one member
   CrewSeat* seats;
   int64_t* finished;
   int members;
 
+  int64_t channel_items() const { return (inputs + kChannels - 1) / kChannels; }
   int64_t frame_blocks() const { return (frames + frame_block - 1) / frame_block; }
   int64_t frames_from(int64_t begin) const {
     return frames - begin < frame_block ? frames - begin : frame_block;
+  }
+};
+
+// A member's room for one item of the backward by channels, the widest.
+template <class T>
+struct ChannelRoom {
+  T *theta, *gamma, *mixed,
+      *grad_theta;       // Θᵀ (distinct, K, outputs, width); γ; φ; grad Θ (m, width, outputs)
+  T* turned;             // for making Θᵀ, before there is γ
+  T *rows, *mixed_rows;  // a node's gradient and φ as products take them
+  T* S;                  // supports in pairs, (K, pairs of nodes, m)
+  int64_t size = 0;
+
+  template <class Stored>
+  ChannelRoom(const ConvCall<T, Stored>& c, T* at) {
+    const int64_t m = c.graph.nodes, K = c.graph.order;
+    const auto take = [&](int64_t count) {
+      size += apart<T>(count);
+      return at == nullptr ? nullptr : at + size - apart<T>(count);
+    };
+    theta = take(c.thetas.distinct * apart<T>(K * c.live_outputs * kChannels));
+    turned = gamma =
+        take(kChannels * std::max(K * c.frames * m, (c.thetas.embeddings + c.thetas.distinct) * kTransposed));
+    mixed = take(m * apart<T>(c.frames * kChannels));
+    grad_theta = take(m * apart<T>(c.outputs * kChannels));
+    rows = take(sizeof(Stored) == sizeof(T) ? 0 : c.frames * c.outputs);
+    mixed_rows = take(sizeof(Stored) == sizeof(T) ? 0 : c.frames * kChannels);
+    S = take(sizeof(Stored) == sizeof(T) ? 0 : K * ((m + 1) / 2) * m);
   }
 };
 
@@ -74,6 +108,7 @@ ConvCall<T, Stored> describe(Door<T>& door, const Tensor& x, const Tensor& U, co
     t.pool[1] = door.pool(*bias, cout, 1, t.block);
     t.block += c.outputs;
   }
+  t.block = apart<T>(t.block);
   return c;
 }
 
@@ -114,7 +149,7 @@ Tensor forward_as(const Tensor& x, const Tensor& U, const OptionalTensor& Q, con
       group * std::max({c.graph.order * c.frame_block * c.inputs, kPoolRows * c.outputs, c.graph.embeddings});
   const bool pairs = sizeof(Stored) == 2 && in_pairs(x.scalar_type(), {c.live_inputs});
   c.thetas.tiles = aufast::isa() == aufast::Isa::amx;
-  if (pairs && c.thetas.tiles) c.scratch_size += c.frame_block * c.outputs;
+  if (pairs) c.scratch_size += c.thetas.tiles ? c.frame_block * c.outputs : (c.graph.nodes + 1) / 2 * group;
   door.workspace([&](Arena& arena) {
     plan_common(c, arena, false);
     c.thetas.theta = arena.take<T>(c.thetas.distinct * c.thetas.block);
@@ -128,11 +163,30 @@ Tensor forward_as(const Tensor& x, const Tensor& U, const OptionalTensor& Q, con
 }
 
 template <class T, class Stored>
+void plan_by_nodes(ConvCall<T, Stored>& c, Arena& arena) {
+  if (c.pairs)
+    c.thetas.pairs = arena.take<uint32_t>(c.thetas.distinct * c.transposed.block / 2);
+  else
+    c.thetas.theta = arena.take<T>(c.thetas.distinct * c.transposed.block);
+  c.gamma = arena.take<T>(c.graph.order * c.frame_block * c.graph.nodes * c.inputs);
+  c.thetas.grad_theta = arena.take<T>(c.graph.nodes * c.thetas.block);
+  c.thetas.partial_Q = arena.take<T>(c.thetas.blocks() * c.graph.nodes * c.thetas.embeddings);
+}
+
+template <class T, class Stored>
+void plan_by_channels(ConvCall<T, Stored>& c, Arena& arena) {
+  const int64_t m = c.graph.nodes, items = c.channel_items();
+  c.partial_S = arena.take<T>(items * c.graph.order * c.graph.matrix());
+  c.thetas.partial_Q = arena.take<T>((c.graph.order * items + 1) * m * c.thetas.embeddings);
+}
+
+template <class T, class Stored>
 std::vector<Tensor> backward_as(const Tensor& grad, const Tensor& x, const Tensor& U, const OptionalTensor& Q,
                                 const Tensor& W, const OptionalTensor& bias, bool softmax, int64_t needs) {
   Door<T> door({AUFAST_PICK(widen), AUFAST_PICK(narrow)});
   ConvCall<T, Stored> c = describe<T, Stored>(door, x, U, Q, W, bias, softmax);
   const OptionalTensor inputs[] = {x, U, Q, W, bias};
+  c.by_channels = c.frames <= kFewFrames && c.graph.nodes <= kFewNodes;
   std::vector<Tensor> results;
   T* room[5] = {};
   const int64_t last[] = {c.live_inputs, U.size(1), 0, c.live_outputs, c.live_outputs};
@@ -141,35 +195,34 @@ std::vector<Tensor> backward_as(const Tensor& grad, const Tensor& x, const Tenso
     results.push_back(wanted ? torch::stable::empty(inputs[k]->sizes(), x.scalar_type())
                              : torch::stable::empty({0}, x.scalar_type()));
     if (!wanted) continue;
+    c.want_theta = c.want_theta || k >= kGradQ;
     if (k == kGradX)
       c.grad_x = door.template stored_out<Stored>(results[k], last[k]);
+    else if (k >= kGradW && c.by_channels && sizeof(Stored) != sizeof(T))
+      c.thetas.pool[k - kGradW].low_grad = door.low(results[k], last[k]);
     else
       room[k] = k == kGradQ ? door.out_plain(results[k]) : door.out(results[k], last[k]);
   }
   c.grad = door.template stored<Stored>(grad, c.live_outputs);
   c.thetas.pool[0].grad = room[kGradW], c.thetas.pool[1].grad = room[kGradBias],
   c.thetas.grad_Q = room[kGradQ];
-  c.want_theta = room[kGradW] != nullptr || room[kGradBias] != nullptr || room[kGradQ] != nullptr;
   c.graph.grad_U = room[kGradU];
   c.want_graph = room[kGradU] != nullptr;
   c.transposed = {c.thetas.pool[0].weights, c.graph.order, c.live_inputs, 0, c.outputs, c.live_outputs, 0, 0};
-  c.transposed.block = c.transposed.size(), c.transposed.low = c.thetas.pool[0].low;
+  c.transposed.block = apart<T>(c.transposed.size()), c.transposed.low = c.thetas.pool[0].low;
   c.frame_block = std::max<int64_t>(std::min(c.frames, kBackwardFrames), 1);
   const int64_t m = c.graph.nodes, K = c.graph.order;
   const int64_t group = std::min(kMostNodes, m);
-  c.scratch_size = std::max(c.frame_block * (K * group * c.inputs + c.outputs),
-                            (c.thetas.embeddings + group) * kTransposed * c.transposed.row());
-  const bool pairs =
-      sizeof(Stored) == 2 && backward_in_pairs(x.scalar_type(), {c.live_inputs, c.live_outputs});
+  c.pairs = sizeof(Stored) == 2 && backward_in_pairs(x.scalar_type(), {c.live_inputs, c.live_outputs});
+  c.scratch_size = c.by_channels ? ChannelRoom<T>(c, nullptr).size
+                                 : std::max(c.frame_block * (K * group * c.inputs + c.outputs),
+                                            (c.thetas.embeddings + group) * kTransposed * c.transposed.row());
   door.workspace([&](Arena& arena) {
     plan_common(c, arena, true);
-    if (pairs)
-      c.thetas.pairs = arena.take<uint32_t>(c.thetas.distinct * c.transposed.block / 2);
+    if (c.by_channels)
+      plan_by_channels(c, arena);
     else
-      c.thetas.theta = arena.take<T>(c.thetas.distinct * c.transposed.block);
-    c.gamma = arena.take<T>(K * c.frame_block * m * c.inputs);
-    c.thetas.grad_theta = arena.take<T>(m * c.thetas.block);
-    c.thetas.partial_Q = arena.take<T>(c.thetas.blocks() * m * c.thetas.embeddings);
+      plan_by_nodes(c, arena);
   });
   prepare(c, true);
   const auto kernel = AUFAST_PICK(conv_backward<T, Stored>);

@@ -105,6 +105,7 @@ CONV_SIZES = {
     "no-frames": ((0,), 3, 4, 5, 2),
     "no-leading": ((), 13, 17, 16, 5),
     "primes": ((97,), 23, 7, 33, 3),
+    "most-by-channels": ((96,), 32, 33, 16, 3),
     "wide": ((3,), 40, 64, 512, 64),
     "no-inputs": ((4,), 3, 0, 5, 2),
     "no-outputs": ((4,), 3, 5, 0, 2),
@@ -302,6 +303,31 @@ def test_low_precision_is_as_near_as_pytorch(size, dtype):
     assert relative(ours, truth) <= 2 * relative(reference.graph_conv(x, U, Q, W), truth)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("normalization", "order"), [("global", 1), ("softmax", 3)])
+@pytest.mark.parametrize(
+    "size",
+    [((48,), 12, 192, 96, 8), ((5,), 7, 80, 48, 3), ((100,), 5, 48, 32, 4), ((3,), 33, 32, 16, 5)],
+    ids=str,
+)
+def test_low_precision_conv_is_as_near_as_pytorch(size, normalization, order, dtype):
+    """The same for graph_conv's gradients, split by channels and by nodes."""
+    inputs = conv_inputs(*size, order, normalization, False, True, dtype)
+    (grad,) = random_tensors((*inputs[0].shape[:-1], inputs[3].shape[-1]), scales=(1,), dtype=dtype)
+
+    def definition(*a: Tensor) -> tuple[Tensor]:
+        return (reference.graph_conv(*a, normalization=normalization),)
+
+    outputs, wanted = truth_of(definition, inputs, [grad])
+    leaves = [value.clone().requires_grad_() for value in inputs]
+    low = definition(*leaves)
+    own = [*low, *torch.autograd.grad(low, leaves, grad)]
+    for value, truth, theirs in zip(
+        run_conv(inputs, grad, normalization), [*outputs, *wanted], own, strict=True
+    ):
+        assert relative(value, truth) <= 2 * relative(theirs, truth) + 1e-6
+
+
 def test_layouts_do_not_matter():
     inputs = gru_inputs(3, 4, 5, 16, 16, 4, 1, "global", True, False, torch.float32)
     grads = gru_grads(inputs)
@@ -332,6 +358,18 @@ def test_unrelated_nodes_have_no_graph_gradient():
     out, _, grad_U, *_ = run_conv(inputs, grad, "global")
     assert relative(out, reference.graph_conv(*inputs)) < 1e-12
     assert torch.equal(grad_U, torch.zeros_like(grad_U))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("frames", [3, 97], ids=["by-channels", "by-nodes"])
+def test_only_wanted_conv_gradients_come_back(frames, dtype):
+    inputs = conv_inputs((frames,), 5, 48, 32, 3, 1, "global", False, True, dtype)
+    (grad,) = random_tensors((frames, 5, 32), scales=(1,), dtype=dtype)
+    every = torch.ops.aufast.graph_conv_backward(grad, *inputs, 0, 31)
+    for k in range(5):
+        one = torch.ops.aufast.graph_conv_backward(grad, *inputs, 0, 1 << k)
+        assert torch.equal(one[k], every[k])
+        assert all(one[j].shape == (0,) for j in range(5) if j != k)
 
 
 def test_only_wanted_gradients_come_back():
