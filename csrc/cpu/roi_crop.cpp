@@ -153,7 +153,8 @@ class Worker {
       } else if (in_place_) {
         AUFAST_PICK(crop_in_place<T>)(map, to, step_, channels, s_, taps, offsets);
       } else {
-        AUFAST_PICK(crop_to_planes<T>)(buffer, to, staging, channels, s_, taps, offsets);
+        const T* next = n + 1 < end ? out + crop_offset(b, n + 1, first) : to;
+        AUFAST_PICK(crop_to_planes<T>)(buffer, to, next, staging, channels, s_, taps, offsets);
       }
     }
   }
