@@ -73,11 +73,12 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kEnoughItems = 16;         // below, the forward also splits the regions of an image
-constexpr int64_t kCachedBytes = 160 << 10;  // of an item's maps, well inside the second cache
-constexpr int64_t kStagedBytes = 12 << 10;   // of a region's points, well inside the first
-constexpr int64_t kWalked = 4;               // tiles of channels that a level may walk together
-constexpr int64_t kLine = 64;                // bytes
+constexpr int64_t kEnoughItems = 16;          // below, the forward also splits the regions of an image
+constexpr int64_t kCachedBytes = 160 << 10;   // of an item's maps, well inside the second cache
+constexpr int64_t kStagedBytes = 12 << 10;    // of a region's points, well inside the first
+constexpr int64_t kWalked = 4;                // tiles of channels that a level may walk together
+constexpr int64_t kLine = 64;                 // bytes
+constexpr int64_t kFetchedBytes = 512 << 10;  // of a map at once into the second cache, at most
 constexpr int kWantFeatures = 1, kWantRois = 2;
 
 // How many items one thread should at least have, for waking another to pay.
@@ -141,6 +142,7 @@ class Worker {
     prepare(b, begin, end);
     const int64_t channels = last - first;
     features += map_offset(b, first);
+    fetch_map(features, channels, end - begin);
     const Place<const T> map{features, in_place_ ? nothing_.reserve(step_) : nullptr};
     const Place<const A> buffer = in_place_ ? Place<const A>{} : read(features, channels);
     const Staging<A> staging = stage();
@@ -153,7 +155,8 @@ class Worker {
       } else if (in_place_) {
         AUFAST_PICK(crop_in_place<T>)(map, to, step_, channels, s_, taps, offsets);
       } else {
-        AUFAST_PICK(crop_to_planes<T>)(buffer, to, staging, channels, s_, taps, offsets);
+        const T* next = n + 1 < end ? out + crop_offset(b, n + 1, first) : to;
+        AUFAST_PICK(crop_to_planes<T>)(buffer, to, next, staging, channels, s_, taps, offsets);
       }
     }
   }
@@ -165,6 +168,7 @@ class Worker {
     prepare(b, 0, s_.rois);
     const int64_t channels = last - first;
     features += map_offset(b, first);
+    if (terms) fetch_map(features, channels, s_.rois);
     if (grad_features) grad_features += map_offset(b, first);
     Place<const A> map{};
     Place<A> sum{};
@@ -229,6 +233,18 @@ class Worker {
            c * (crop_layout_.channels_last ? 1 : crop_layout_.stride);
   }
 
+  // Fetches an item's part of the map, where its regions read most of that: in the order of the regions, or
+  // of 16 planes at once, each line would be waited for.
+  void fetch_map(const T* features, int64_t channels, int64_t count) const {
+    constexpr int64_t line = kLine / sizeof(T);
+    const int64_t pixels = s_.height * s_.width;
+    if (pixels * channels > kFetchedBytes / static_cast<int64_t>(sizeof(T)) || !reads_most(count)) return;
+    const int64_t runs = map_layout_.channels_last && channels < s_.channels ? pixels : 1;
+    for (int64_t i = 0; i < runs; ++i, features += map_layout_.stride) {
+      for (int64_t k = 0; k < pixels * channels / runs; k += line) __builtin_prefetch(features + k, 0, 2);
+    }
+  }
+
   // The window of the map in the buffer, and behind it one pixel of zeros.
   Place<const A> read(const T* features, int64_t channels) {
     const int64_t size = window_.rows() * window_.columns() * step_;
@@ -260,9 +276,14 @@ class Worker {
     return {x, x + t.columns, y, y + t.rows};
   }
 
+  // Whether so many regions read most of the map, as far as their points tell.
+  bool reads_most(int64_t count) const {
+    return s_.height * s_.width <= 2 * count * s_.out_height * s_.out_width;
+  }
+
   // The whole map where the taps would read most of it anyway, else the rectangle that holds them.
   Window find_window(int64_t count) const {
-    if (s_.height * s_.width <= 2 * count * s_.out_height * s_.out_width) return {0, s_.height, 0, s_.width};
+    if (reads_most(count)) return {0, s_.height, 0, s_.width};
     Window w{s_.height, 0, s_.width, 0};
     const auto include = [](const int32_t* lo, const int32_t* hi, int64_t entries, int64_t size,
                             int64_t& first, int64_t& last) {
