@@ -19,27 +19,9 @@
 #include "dense.h"
 #include "image.h"
 #include "isa.h"
+#include "region_geometry.h"
 
 namespace {
-
-struct Grid {
-  int64_t batch, in, out, height, width, patches, rows, columns;  // n×n patches of rows×columns pixels
-  bool channels_last;
-};
-
-// Elements from channel to channel, row to row and pixel to pixel of a map.
-struct View {
-  int64_t channel, row, pixel;
-};
-
-// The rows of a patch that is wanted soon, to be read or to be written: fetched into the second cache while
-// another is convolved, since from memory they would be waited for. Sizes in bytes; none of it by default.
-struct Ahead {
-  const char* patch = nullptr;            // the next row
-  int64_t plane = 0, step = 0, size = 0;  // from plane to plane and row to row, and of a row
-  int64_t rows = 1, count = 0;            // rows of a plane, and those that are left of all planes
-  int64_t share = 0, row = 0;             // rows that a block of positions fetches; the next one in its plane
-};
 
 // The functions of a level that make up the forward pass, on cells of `channels` input channels each.
 template <class T>
@@ -52,36 +34,11 @@ struct ForwardKernels {
   void (*store)(const A*, const View&, int64_t, const Grid&, T*);
 };
 
-constexpr int64_t kCached = 512 << 10;  // bytes of points that stay in the second cache
-
-// How a patch is cut into tiles of 2×2 results and blocks of rows of them, and the sizes of a block's
-// buffers. `lanes` elements make a vector; region_points.inc says what the buffers hold.
-struct TileCut {
-  int64_t columns, rows, blocks, block_rows;  // tiles of a row, rows of a patch, and their blocks
-  int64_t vectors, run;                       // of a block's tiles; from run to run of points of pixels
-  int64_t pixels, results, filters;           // from point to point
-  int64_t quarter, row, half;                 // of pixels and results
-
-  TileCut(const Grid& g, int64_t size, int64_t lanes, int64_t block) {
-    const int64_t out = (g.out + block - 1) / block * block;
-    columns = (g.columns + 1) / 2, rows = (g.rows + 1) / 2;
-    const int64_t most = std::max<int64_t>(1, kCached / (16 * size * columns * (g.in + out)));
-    blocks = (rows + most - 1) / most, block_rows = (rows + blocks - 1) / blocks;
-    blocks = (rows + block_rows - 1) / block_rows;
-    vectors = (block_rows * columns + lanes - 1) / lanes;
-    run = g.in * 3 * lanes;
-    // A vector more, since points a power of two apart would share a few sets of a cache.
-    pixels = (vectors + 2) / 3 * run + lanes, results = vectors * lanes * out + lanes;
-    filters = out * g.in + 16;
-    quarter = (vectors * lanes + 2 * columns) / lanes * lanes + 4 * lanes;
-    row = (g.columns + lanes - 1) / lanes * lanes, half = 2 * vectors * lanes + lanes;
-  }
-};
-
 }  // namespace
 
 #define AUFAST_KERNELS "region_conv.inc"
 #include "foreach_isa.h"
+#include "region_points.h"
 
 namespace {
 
@@ -112,20 +69,6 @@ struct Operands {
 template <class T>
 accumulator<T> widen(T value) {
   return AUFAST_PICK(element<T>)(&value);
-}
-
-// `channels` channels of the patch that begins at `patch`, fetched in `blocks` shares.
-template <class T>
-Ahead ahead(const T* patch, const View& view, const Grid& g, int64_t channels, int64_t blocks) {
-  constexpr int64_t bytes = sizeof(T);
-  Ahead next{reinterpret_cast<const char*>(patch),
-             view.channel * bytes,
-             view.row * bytes,
-             ((g.columns - 1) * view.pixel + (g.channels_last ? channels : 1)) * bytes,
-             g.rows,
-             g.rows * (g.channels_last ? 1 : channels)};
-  next.share = (next.count + blocks - 1) / blocks;
-  return next;
 }
 
 template <class T>
@@ -165,103 +108,12 @@ void forward(const Operands<T>& a, T* out, const Grid& g) {
   });
 }
 
-// One block of rows of tiles at a time goes through points, products and results.
-template <class T>
-class PointWork {
- public:
-  explicit PointWork(const Grid& g)
-      : g_(g),
-        lanes_(AUFAST_PICK(lane_count<T>)()),
-        block_(AUFAST_PICK(filters_per_block)()),
-        blocks_((g.out + block_ - 1) / block_),
-        cut_(g, sizeof(T), lanes_, block_),
-        packed_(blocks_ * block_ * g.in * 9 + kSlack),
-        filters_(16 * cut_.filters),
-        bias_(blocks_ * block_),
-        zeros_(blocks_ * block_),
-        before_(cut_.vectors * lanes_),
-        behind_(cut_.vectors * lanes_),
-        line_(lanes_ * (cut_.row + lanes_)),
-        quarters_(lanes_ * 4 * cut_.quarter),
-        pixels_(16 * cut_.pixels),
-        points_(16 * cut_.results),
-        results_(block_ * 2 * cut_.half) {
-    AUFAST_PICK(row_ends<T>)(cut_, before_.data(), behind_.data());
-  }
-
-  // How often something is fetched in a block, and in all.
-  int64_t block_shares() const { return 16 * blocks_ * ((cut_.vectors + 2) / 3); }
-  int64_t shares() const { return cut_.blocks * block_shares(); }
-
-  void take_filters(const T* weight, const T* bias) {
-    AUFAST_PICK(pack_filters<T>)(weight, g_.out, g_.in, false, packed_.data());
-    AUFAST_PICK(filters_to_points<T>)(packed_.data(), blocks_ * g_.in, filters_.data(), cut_.filters);
-    if (bias) std::copy(bias, bias + g_.out, bias_.data());
-  }
-
-  // One image's patch.
-  void run(const T* x, const View& from, const T* scale, const T* shift, const View& to, T* out, Ahead& next) {
-    for (int64_t block = 0; block < cut_.blocks; ++block) {
-      const int64_t first = block * cut_.block_rows, rows = std::min(cut_.block_rows, cut_.rows - first);
-      take_pixels(x, from, scale, shift, first, rows);
-      T* place = out + 2 * first * to.row;
-      Grid part = g_;
-      part.rows = std::min(2 * rows, g_.rows - 2 * first);
-      Ahead own = ahead(place, to, part, g_.out, block_shares());
-      AUFAST_PICK(multiply_points<T>)
-      (pixels_.data(), filters_.data(), bias_.data(), zeros_.data(), cut_, g_.in, blocks_, points_.data(), next,
-       own);
-      give_results(to, part.rows, place);
-    }
-  }
-
- private:
-  void take_pixels(const T* x, const View& view, const T* scale, const T* shift, int64_t first, int64_t rows) {
-    const int64_t above = 2 * first - 1, start = std::max<int64_t>(0, above),
-                  end = std::min(g_.rows, above + 2 * rows + 2), group = std::min<int64_t>(lanes_, view.pixel == 1 ? 4 : lanes_);
-    for (int64_t c = 0; c < g_.in; c += group) {
-      const int64_t channels = std::min(group, g_.in - c);
-      for (int64_t k = 0; above < 0 && k < channels; ++k)
-        AUFAST_PICK(zero_row<T>)(cut_, 0, quarters_.data() + 4 * k * cut_.quarter);
-      AUFAST_PICK(split_rows<T>)
-      (x + c * view.channel + start * view.row, view, channels, start - above, end - start, g_.columns,
-       scale ? scale + c : nullptr, shift ? shift + c : nullptr, cut_, line_.data(), quarters_.data());
-      for (int64_t k = 0; k < channels; ++k) {
-        T* quarters = quarters_.data() + 4 * k * cut_.quarter;
-        for (int64_t y = end - above; y < 2 * rows + 2; ++y) AUFAST_PICK(zero_row<T>)(cut_, y, quarters);
-        AUFAST_PICK(pixels_to_points<T>)
-        (quarters, cut_, before_.data(), behind_.data(), pixels_.data() + (c + k) * 3 * lanes_);
-      }
-    }
-  }
-
-  void give_results(const View& to, int64_t rows, T* out) {
-    const View other{to.channel, 2 * to.row, to.pixel};
-    for (int64_t first = 0; first < g_.out; first += block_) {
-      const int64_t filters = std::min(block_, g_.out - first);
-      for (int64_t f = 0; f < filters; ++f) {
-        AUFAST_PICK(points_to_results<T>)
-        (points_.data() + (first + f) * cut_.vectors * lanes_, cut_, results_.data() + f * 2 * cut_.half);
-      }
-      for (int64_t odd = 0; odd < 2; ++odd) {
-        AUFAST_PICK(store_rows<T>)
-        (results_.data() + odd * cut_.half, 2 * cut_.columns, 2 * cut_.half, other, filters, (rows + 1 - odd) / 2,
-         g_.columns, out + odd * to.row + first * to.channel);
-      }
-    }
-  }
-
-  const Grid& g_;
-  int64_t lanes_, block_, blocks_;
-  TileCut cut_;
-  std::vector<T> packed_, filters_, bias_, zeros_, before_, behind_, line_, quarters_, pixels_, points_, results_;
-};
-
 template <class T>
 void forward_by_points(const Operands<T>& a, T* out, const Grid& g) {
   const View from = view_of(g, g.in), to = view_of(g, g.out);
   torch::stable::parallel_for(0, g.patches * g.patches * g.batch, 1, [&](int64_t begin, int64_t end) {
-    PointWork<T> work(g);
+    thread_local KeptWorkspace kept;
+    PointWork<T> work(g, kept);
     int64_t filters_of = -1;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t index = item / g.batch, b = item % g.batch;
