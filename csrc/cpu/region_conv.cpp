@@ -108,6 +108,13 @@ void forward(const Operands<T>& a, T* out, const Grid& g) {
   });
 }
 
+// With few channels, filters or tiles the transformations cost more than the products they save. Of the shape
+// alone and not of the batch, so that an image has the same bits in any.
+bool pays_in_points(const Grid& g) {
+  const int64_t tiles = (g.rows + 1) / 2 * ((g.columns + 1) / 2);
+  return g.in >= 8 && g.out >= 8 && g.in * g.out >= 128 && tiles >= 64;
+}
+
 template <class T>
 void forward_by_points(const Operands<T>& a, T* out, const Grid& g) {
   const View from = view_of(g, g.in), to = view_of(g, g.out);
@@ -335,7 +342,7 @@ Tensor region_conv(Tensor x, Tensor weight, Maybe bias, Maybe scale, Maybe shift
     using T = decltype(element);
     const Operands<T> a{data<T>(x), data<T>(weight), data<T>(bias), data<T>(scale), data<T>(shift)};
     if constexpr (sizeof(T) != 2) {
-      if (!std::getenv("DIRECT")) return forward_by_points<T>(a, data<T>(out), g);
+      if (pays_in_points(g)) return forward_by_points<T>(a, data<T>(out), g);
     }
     forward<T>(a, data<T>(out), g);
   });

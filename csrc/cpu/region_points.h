@@ -1,5 +1,5 @@
-// The forward pass of region_conv by Winograd's minimal filtering, one patch of one image after the other. Read
-// after the kernels; region_points.inc says what the buffers hold.
+// The forward pass of region_conv by Winograd's minimal filtering, one patch of one image after the other.
+// Read after the kernels; region_points.inc says what the buffers hold.
 #pragma once
 
 #include <cstdint>
@@ -42,7 +42,8 @@ class PointWork {
       own_.assign(size, std::numeric_limits<T>::quiet_NaN());
       memory = on_lines(own_.data());
     }
-    for (const auto& [buffer, count] : buffers) *buffer = memory, memory += (count + kLine - 1) / kLine * kLine;
+    for (const auto& [buffer, count] : buffers)
+      *buffer = memory, memory += (count + kLine - 1) / kLine * kLine;
     std::fill(bias_, bias_ + out, T(0));
     std::fill(zeros_, zeros_ + out, T(0));
     AUFAST_PICK(row_ends<T>)(cut_, before_, behind_);
@@ -59,7 +60,8 @@ class PointWork {
   }
 
   // One image's patch.
-  void run(const T* x, const View& from, const T* scale, const T* shift, const View& to, T* out, Ahead& next) {
+  void run(const T* x, const View& from, const T* scale, const T* shift, const View& to, T* out,
+           Ahead& next) {
     for (int64_t block = 0; block < cut_.blocks; ++block) {
       const int64_t first = block * cut_.block_rows, rows = std::min(cut_.block_rows, cut_.rows - first);
       take_pixels(x, from, scale, shift, first, rows);
@@ -68,16 +70,17 @@ class PointWork {
       part.rows = std::min(2 * rows, g_.rows - 2 * first);
       Ahead own = ahead(place, to, part, g_.out, block_shares());
       AUFAST_PICK(multiply_points<T>)
-      (pixels_, filters_, bias_, zeros_, cut_, g_.in, blocks_, points_, next,
-       own);
+      (pixels_, filters_, bias_, zeros_, cut_, g_.in, blocks_, points_, next, own);
       give_results(to, part.rows, place);
     }
   }
 
  private:
-  void take_pixels(const T* x, const View& view, const T* scale, const T* shift, int64_t first, int64_t rows) {
+  void take_pixels(const T* x, const View& view, const T* scale, const T* shift, int64_t first,
+                   int64_t rows) {
     const int64_t above = 2 * first - 1, start = std::max<int64_t>(0, above),
-                  end = std::min(g_.rows, above + 2 * rows + 2), group = std::min<int64_t>(lanes_, view.pixel == 1 ? 4 : lanes_);
+                  end = std::min(g_.rows, above + 2 * rows + 2),
+                  group = std::min<int64_t>(lanes_, view.pixel == 1 ? 4 : lanes_);
     for (int64_t c = 0; c < g_.in; c += group) {
       const int64_t channels = std::min(group, g_.in - c);
       for (int64_t k = 0; above < 0 && k < channels; ++k)
@@ -121,7 +124,8 @@ class PointWork {
   int64_t lanes_, block_, blocks_, run_;
   TileCut cut_;
   std::vector<T> own_;
-  T *pixels_, *points_, *filters_, *quarters_, *results_, *line_, *before_, *behind_, *packed_, *bias_, *zeros_;
+  T *pixels_, *points_, *filters_, *quarters_, *results_, *line_, *before_, *behind_, *packed_, *bias_,
+      *zeros_;
 };
 
 }  // namespace

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import aufast
 from aufast import reference
@@ -273,6 +274,15 @@ def region_inputs(
         (1, 2, 3, 1, 1000, 1),
         (1, 3, 2, 1, 1, 1000),
         (1, 1, 1, 17, 1, 2),
+        # By minimal filtering: odd sizes, rows of one tile and of several vectors, several blocks of rows.
+        (3, 17, 9, 2, 17, 19),
+        (1, 40, 24, 1, 70, 71),
+        (2, 8, 16, 1, 2, 200),
+        (1, 16, 8, 1, 200, 2),
+        (1, 16, 33, 1, 131, 1),
+        (1, 9, 15, 1, 15, 33),
+        (1, 300, 11, 1, 9, 31),
+        (0, 16, 16, 1, 22, 22),
     ],
 )
 def test_region_conv(
@@ -320,6 +330,45 @@ def test_a_nan_stays_in_its_patch_and_passes_the_relu() -> None:
     out, truth = convolve(*inputs), reference.region_conv(*inputs)
     assert torch.equal(out.isnan(), truth.isnan())
     assert out[..., 2, 2].isnan().all() and out[..., 6:, :].isfinite().all() and out[..., 6:].isfinite().all()
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize(
+    ("cin", "cout", "size"),
+    [(32, 16, (22, 22)), (16, 8, (44, 44)), (128, 128, (17, 23)), (1000, 8, (16, 16))],
+)
+def test_minimal_filtering_is_as_exact_as_a_convolution(
+    cin: int, cout: int, size: tuple[int, int], memory_format: torch.memory_format
+) -> None:
+    """At most twice as far from float64 as PyTorch's own convolution."""
+    inputs = region_inputs(2, cin, cout, 1, *size, torch.float32, affine=False)
+    inputs[0] = inputs[0].contiguous(memory_format=memory_format)
+    truth = reference.region_conv(*(None if t is None else t.double() for t in inputs))
+    own = F.conv2d(inputs[0], inputs[1][0, 0], inputs[2][0, 0], padding=1)
+    assert difference(convolve(*inputs), truth) <= 2 * difference(own, truth)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("name", ["x", "weight", "bias", "scale", "shift"])
+def test_minimal_filtering_shows_what_is_not_finite_where_the_sum_over_taps_does(
+    name: str, value: float
+) -> None:
+    """At the same places; what the sum over taps makes infinite may be NaN, never a number."""
+    inputs = region_inputs(2, 16, 8, 2, 19, 22, torch.float32)
+    inputs[2:] = [t.abs() + 1 for t in inputs[2:]]  # every ReLU that could hide it is open
+    inputs[0] = inputs[0].abs()
+    place = {
+        "x": (1, 3, 5, 6),
+        "weight": (0, 1, 2, 3, 1, 1),
+        "bias": (0, 1, 2),
+        "scale": (0, 1, 2),
+        "shift": (0, 1, 2),
+    }
+    inputs[["x", "weight", "bias", "scale", "shift"].index(name)][place[name]] = value
+    out, truth = convolve(*inputs), reference.region_conv(*inputs)
+    assert torch.equal(out.isfinite(), truth.isfinite())
+    assert out[..., 19:, :].isfinite().all() and not (truth.isnan() & ~out.isnan()).any()
+    assert difference(out.nan_to_num(0, 0, 0), truth.nan_to_num(0, 0, 0)) <= 1e-6
 
 
 # ---- both
