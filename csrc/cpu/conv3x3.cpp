@@ -61,6 +61,8 @@ using torch::stable::Tensor;
 constexpr int64_t kPoints = 16;
 constexpr int64_t kCached = 640 << 10;  // bytes of a block's points that stay in the second cache
 constexpr int64_t kLeastTiles = 24;     // of a block, which reads its filters' points once
+constexpr int64_t kSummedTiles =
+    36;  // in one sum of the filters' gradient: long sums in parts are more exact
 constexpr int64_t kManyNetworks = 8;
 constexpr int64_t kOutputs = 16;  // whose filters are one item of work
 
@@ -83,9 +85,10 @@ template <class T>
 struct Cut {
   int64_t total, blocks, x_step, y_step, w_step;
 
-  explicit Cut(const Sizes& s) : total(s.batch * s.rows()) {
+  explicit Cut(const Sizes& s, int64_t most_tiles = INT64_MAX) : total(s.batch * s.rows()) {
     const int64_t row = s.row() * (s.in + s.out) * kPoints * static_cast<int64_t>(sizeof(T));
-    const int64_t rows = std::max(kCached / row, (kLeastTiles + s.row() - 1) / s.row());
+    const int64_t cached = std::max(kCached / row, (kLeastTiles + s.row() - 1) / s.row());
+    const int64_t rows = std::min(cached, std::max<int64_t>(1, most_tiles / s.row()));
     blocks = std::max<int64_t>(1, (total + rows - 1) / rows);
     const int64_t tiles = (total + blocks - 1) / blocks * s.row();
     // A cache line more, since points a power of two apart would share a few sets of a cache.
@@ -205,7 +208,7 @@ void forward(const Maps<const T>& x, const Filters<T>& filters, const Epilogue<T
 // the blocks in their order.
 template <class T>
 void filter_gradient(const Maps<const T>& grad, const Maps<const T>& x, T* d_weight, const Sizes& s) {
-  const Cut<T> cut(s);
+  const Cut<T> cut(s, kSummedTiles);
   torch::stable::parallel_for(0, s.networks, 1, [&](int64_t begin, int64_t end) {
     thread_local KeptWorkspace kept;
     const Work<T> work(kept, s, cut, true);

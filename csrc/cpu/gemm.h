@@ -29,6 +29,7 @@ struct Product {
   int64_t c_row;
   // The same A times further B: product number f has its B, start and C f steps further on.
   int64_t repeats = 1, b_repeat = 0, start_repeat = 0, c_repeat = 0;
+  bool add = false;  // C += the sum, which is taken apart first: long sums in parts are more exact
 };
 
 template <int ROWS, int VECTORS, class T, class InB, class InC>
@@ -60,7 +61,10 @@ void tile(const Product<T, InB, InC>& p, int64_t row, int64_t column) {
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 6
-      for (int v = 0; v < VECTORS; ++v) store_as(c + r * p.c_row + v * lanes<T>, sums[r][v]);
+      for (int v = 0; v < VECTORS; ++v) {
+        if (p.add) sums[r][v] += load_as(c + r * p.c_row + v * lanes<T>);
+        store_as(c + r * p.c_row + v * lanes<T>, sums[r][v]);
+      }
   }
 }
 
@@ -140,6 +144,7 @@ void multiply(Product<T, InB, InC> p) {
       p.start = p.C;
       p.start_row = p.c_row;
       p.start_repeat = p.c_repeat;
+      p.add = false;
     }
   }
 }
