@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from aufast import optimize_for_inference
-from aufast.models import load_model
+from aufast.models import inference, load_model
 from aufast.models.inference import FusedConv, pooled
+from aufast.ops.conv3x3 import fused_conv3x3
 from tests.models.examples import AAR_NAMES, EACH, inputs, randomize, small
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -52,6 +53,31 @@ def test_every_option_is_the_models(name, options):
     randomize(model)
     batch = inputs(model, dtype=torch.float64)
     torch.testing.assert_close(optimize_for_inference(model)(*batch), model(*batch))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "batch"),
+    [
+        ("margl", {"backbone_width": 16, "squeeze": 16, "regional_channels": 16, "crop_size": 6}, 4),
+        ("aar", {"width": 16}, 2),
+    ],
+    ids=["margl", "aar"],
+)
+@torch.no_grad()
+def test_convolutions_by_minimal_filtering_give_the_same(name, options, batch, monkeypatch):
+    model = small(name, **options).double().eval()
+    randomize(model)
+    images = inputs(model, batch, dtype=torch.float64)
+    served = []
+
+    def counted(x, weight, bias, shortcut=None, *, relu):
+        served.append(shortcut is not None)
+        return fused_conv3x3(x, weight, bias, shortcut, relu=relu)
+
+    monkeypatch.setattr(inference, "fused_conv3x3", counted)
+    torch.testing.assert_close(optimize_for_inference(model)(*images), model(*images))
+    assert served.count(False) > 2
+    assert served.count(True) > 2 or name == "aar"  # a residual block's second one adds the shortcut
 
 
 @pytest.mark.parametrize("name", ["margl", "aar"])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from aufast.models import AAR, AARConfig, create_model, load_model
+from aufast.models import AAR, AARConfig, create_model, layers, load_model
 from aufast.models.layout import separate
+from aufast.ops.conv3x3 import conv3x3
 from tests.models.examples import EACH, inputs, loss, randomize, small
 
 
@@ -39,6 +40,21 @@ def test_a_training_step_is_the_plain_forms(name):
     model = small(name).double()
     randomize(model)
     compare_a_step(model, inputs(model, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("norm", [True, False], ids=["norm", "bias"])
+def test_a_step_by_minimal_filtering_is_the_plain_forms(norm, monkeypatch):
+    """Wide enough for it: the backbone's convolutions, and those of the regions."""
+    model = small(
+        "margl", backbone_width=16, squeeze=16, regional_channels=16, crop_size=6, regional_norm=norm
+    ).double()
+    randomize(model)
+    served = []
+    monkeypatch.setattr(layers, "conv3x3", lambda x, weight: served.append(x.shape[1]) or conv3x3(x, weight))
+    compare_a_step(model, inputs(model, 4, dtype=torch.float64))
+    assert served.count(6) == 6  # the regional networks, two in each of three levels
+    assert served.count(1) > 2
+    assert not any(isinstance(module, layers.Conv3x3) for module in model.reference().modules())
 
 
 @pytest.mark.parametrize(
