@@ -15,7 +15,7 @@ import aufast
 from aufast.cli import main
 from aufast.data import ClipDataset, Cropping, FrameDataset, PackedDataset
 from aufast.faces import au_centers
-from aufast.models import AAR, to_input
+from aufast.models import AAR, layers, to_input
 from aufast.train import F1Frame, OptimizerConfig, objectives, recipe, train
 from aufast.train.batches import Batches, au_columns, make_loader
 from aufast.train.evaluate import score
@@ -99,7 +99,12 @@ def test_the_last_bit_parts_two_runs_of_the_reference(packed, tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_gradients_agree_at_every_step_of_margls_training(packed, tmp_path, monkeypatch):
-    """Along 56 steps, on the same weights, fused and reference operators give each parameter one gradient."""
+    """Along 56 steps, on the same weights, fused and reference operators give each parameter one gradient.
+
+    Both take the same convolutions. With `conv3x3` beside `conv2d` one step of the 56 differs, where a number
+    within their rounding of zero passes a ReLU in one and not in the other; in float64, above, none does.
+    """
+    monkeypatch.setattr(layers, "serves", lambda maps, weight: False)
     inner, distances = Trainer._step, []
 
     def step(self, wrapped, optimizer, batches):
