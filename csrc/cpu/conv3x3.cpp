@@ -46,8 +46,6 @@ struct PointProducts {
   T* C;
   int64_t c_point;
   bool add = false;
-  const char* ahead = nullptr;  // what is wanted soon, fetched into the second cache meanwhile
-  int64_t ahead_bytes = 0;      // at each point
 };
 
 }  // namespace
@@ -146,17 +144,11 @@ struct Filters {
   int64_t outputs(const Sizes& s) const { return turned ? s.in : s.out; }
 };
 
-// Bytes that are fetched while a block is multiplied.
-struct Ahead {
-  const char* first = nullptr;
-  int64_t bytes = 0;
-};
-
 // One block of rows of network n.
 template <class T>
 void convolve(const Maps<const T>& x, const T* filters, bool turned, const Epilogue<T>& then,
               const Maps<T>& out, const Sizes& s, const Cut<T>& cut, const Work<T>& work, int64_t n,
-              int64_t block, Ahead ahead = {}) {
+              int64_t block) {
   const int64_t first = cut.begin(block), last = cut.begin(block + 1), tiles = s.row();
   for (int64_t row = first; row < last; ++row) {
     AUFAST_PICK(pixels_to_points<T>)
@@ -187,13 +179,8 @@ void forward(const Maps<const T>& x, const Filters<T>& filters, const Epilogue<T
       const Work<T> work(kept, s, cut, true);
       for (int64_t n = begin; n < end; ++n) {
         filters.to_points(s, cut, n, 0, filters.outputs(s), work.weight);
-        // The next network's filters, which else would be waited for.
-        const int64_t size = s.out * s.in * 9 * static_cast<int64_t>(sizeof(T)), share = size / cut.blocks;
-        const char* next = reinterpret_cast<const char*>(filters.weight) + (n + 1) * size;
-        for (int64_t block = 0; block < cut.blocks; ++block) {
-          convolve<T>(x, work.weight, filters.turned, then, out, s, cut, work, n, block,
-                      n + 1 < end ? Ahead{next + block * share, share} : Ahead{});
-        }
+        for (int64_t block = 0; block < cut.blocks; ++block)
+          convolve<T>(x, work.weight, filters.turned, then, out, s, cut, work, n, block);
       }
     });
   }
