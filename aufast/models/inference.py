@@ -120,18 +120,28 @@ class FusedConv(nn.Module):
         if shift is not None:
             bias = bias + shift
         # What may go through `fused_conv3x3` is kept as that reads it.
-        minimal = weight.shape[2:] == (3, 3) and conv.stride == (1, 1) and dtype != torch.bfloat16
-        layout = torch.contiguous_format if minimal else torch.channels_last
+        self.minimal = (
+            weight.shape[2:] == (3, 3)
+            and conv.stride == conv.padding == (1, 1)
+            and dtype in (torch.float32, torch.float64)
+        )
+        layout = torch.contiguous_format if self.minimal else torch.channels_last
         self.weight = constant(weight.to(dtype, memory_format=layout))
         self.bias = constant(bias.to(dtype))
         self.stride, self.padding, self.groups, self.relu = conv.stride, conv.padding, conv.groups, relu
         self._packed: tuple[Any, Tensor] | None = None
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
-        """Map (B, C_in, H, W) to (B, C_out, H', W'), adding `shortcut`, which it may overwrite."""
-        maps = x.unflatten(1, (self.groups, -1))
-        if self.minimal(maps):
-            return fused_conv3x3(maps, self.weight, self.bias, shortcut, relu=self.relu)
+        """Map (B, C_in, H, W), or its groups apart (B, groups, C_in / groups, H, W), to (B, C_out, H', W').
+
+        `shortcut` is added, and may be overwritten.
+        """
+        if self.minimal and not (x.requires_grad and torch.is_grad_enabled()):
+            maps = x if x.dim() == 5 else x.unflatten(1, (self.groups, -1))
+            if serves(maps, self.weight):
+                return fused_conv3x3(maps, self.weight, self.bias, shortcut, relu=self.relu)
+        if x.dim() == 5:  # side by side, channels_last
+            x = x.permute(0, 3, 4, 1, 2).flatten(3).permute(0, 3, 1, 2)
         if not _packs(x):
             x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, groups=self.groups)
             x = x if shortcut is None else x + shortcut
@@ -143,14 +153,6 @@ class FusedConv(nn.Module):
             return torch.ops.mkldnn._convolution_pointwise(x, self._pack(x), self.bias, *geometry, *unary)
         return torch.ops.mkldnn._convolution_pointwise_.binary(
             shortcut, x, self._pack(x), self.bias, *geometry, "add", None, *unary
-        )
-
-    def minimal(self, maps: Tensor) -> bool:
-        """Whether maps (B, groups, C_in, H, W) go through `fused_conv3x3`."""
-        return (
-            self.stride == self.padding == (1, 1)
-            and serves(maps, self.weight)
-            and not (maps.requires_grad and torch.is_grad_enabled())
         )
 
     def _pack(self, x: Tensor) -> Tensor:
@@ -402,17 +404,9 @@ class FusedRegions(nn.Module):
 
     def forward(self, crops: Tensor) -> Tensor:
         """Map crops (B, R, in_channels, h, w) to features (B, R, C), in at least float32."""
-        x = self.activation(_regional_conv(crops, self.conv1))  # (B, R·C, h, w)
-        x = x.unflatten(1, (self.networks, -1))
-        x = full_precision(self.activation(_regional_conv(x, self.conv2)))
+        x = self.activation(self.conv1(crops))  # (B, R·C, h, w)
+        x = full_precision(self.activation(self.conv2(x)))
         return x.mean((2, 3)).unflatten(1, (self.networks, -1))  # (B, R, C)
-
-
-def _regional_conv(x: Tensor, conv: FusedConv) -> Tensor:
-    """Convolve (B, R, C_in, h, w), every ROI's maps with its own filters, to (B, R·C_out, h, w)."""
-    if conv.minimal(x):
-        return fused_conv3x3(x, conv.weight, conv.bias, relu=conv.relu)
-    return conv(x.permute(0, 3, 4, 1, 2).flatten(3).permute(0, 3, 1, 2))  # channels_last
 
 
 def pooled(x: Tensor) -> Tensor:
