@@ -169,6 +169,13 @@ void convolve(const Maps<const T>& x, const T* filters, bool turned, const Epilo
   }
 }
 
+// Results and filters' points are megabytes of fresh memory.
+Tensor fresh(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  Tensor result = torch::stable::new_empty(like, sizes);
+  prefer_huge_pages(result);
+  return result;
+}
+
 template <class T>
 void forward(const Maps<const T>& x, const Filters<T>& filters, const Epilogue<T>& then, const Maps<T>& out,
              const Sizes& s, const Tensor& like) {
@@ -185,9 +192,8 @@ void forward(const Maps<const T>& x, const Filters<T>& filters, const Epilogue<T
     });
   }
   const int64_t size = kPoints * cut.w_step, pieces = (filters.outputs(s) + kOutputs - 1) / kOutputs;
-  Tensor memory = torch::stable::new_empty(like, {s.networks * size});
-  prefer_huge_pages(memory.data_ptr(), s.networks * size * static_cast<int64_t>(sizeof(T)));
-  T* points = static_cast<T*>(memory.data_ptr());
+  const Tensor memory = fresh(like, {s.networks * size});
+  T* points = data<T>(memory);
   torch::stable::parallel_for(0, s.networks * pieces, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t n = item / pieces, first = item % pieces * kOutputs;
@@ -249,27 +255,6 @@ Layout result_layout(const Sizes& s) {
   return {s.height * s.width * pixel, s.out, {s.height, s.width, s.width * pixel, pixel}};
 }
 
-template <class T>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.data_ptr());
-}
-template <class T>
-const T* data(const std::optional<Tensor>& tensor) {
-  return tensor ? static_cast<const T*>(tensor->data_ptr()) : nullptr;
-}
-
-std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
-  if (!tensor) return std::nullopt;
-  return dense_of(*tensor);
-}
-
-// Results are megabytes of fresh memory.
-Tensor fresh(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  Tensor result = torch::stable::new_empty(like, sizes);
-  prefer_huge_pages(result.data_ptr(), result.numel() * static_cast<int64_t>(result.element_size()));
-  return result;
-}
-
 template <class Body>
 void dispatch(ScalarType type, const Body& body) {
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double,
@@ -282,8 +267,8 @@ Tensor conv3x3(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optiona
   STD_TORCH_CHECK(weight.dim() == 5, "conv3x3: wrong shapes");
   const Sizes s = sizes_of(x, weight.size(0), weight.size(turned ? 1 : 2), weight.size(turned ? 2 : 1));
   weight = dense_of(weight);
-  bias = dense(bias);
-  shortcut = dense(shortcut);
+  bias = dense_of(bias);
+  shortcut = dense_of(shortcut);
   Tensor out = fresh(x, {s.batch, s.height, s.width, s.networks, s.out});
   if (out.numel() == 0) return out;
   dispatch(x.scalar_type(), [&](auto element) {

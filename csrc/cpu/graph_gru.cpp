@@ -248,8 +248,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_as(const GruTensors& a, bool save) {
   if (!save) kept = {0};
   Tensor saved = torch::stable::empty(kept, dtype);
   if (h_last.numel() == 0) return {out, h_last, saved};
-  for (const Tensor& result : {out, saved})
-    prefer_huge_pages(result.data_ptr(), result.numel() * static_cast<int64_t>(result.element_size()));
+  for (const Tensor& result : {out, saved}) prefer_huge_pages(result);
   c.out = door.out(out, n), c.h_last = door.out(h_last, n);
   uint16_t*& low = c.whole ? c.kept_low : c.saved_low;
   T*& full = c.whole ? c.kept : c.saved;

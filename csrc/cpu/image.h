@@ -12,11 +12,6 @@ namespace {
 template <class T>
 using accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-template <class T>
-T* data(const torch::stable::Tensor& tensor) {
-  return static_cast<T*>(tensor.data_ptr());
-}
-
 // Dense in the order batch, height, width, channels, and not also in the default order.
 bool is_channels_last(const torch::stable::Tensor& features) {
   if (features.is_contiguous()) return false;

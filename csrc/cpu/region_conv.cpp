@@ -292,19 +292,9 @@ Tensor new_map(const Tensor& like, const Grid& g, int64_t channels) {
   return torch::stable::transpose(torch::stable::transpose(last, 2, 3), 1, 2);
 }
 
-std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
-  if (!tensor) return std::nullopt;
-  return dense_of(*tensor);
-}
-
 std::optional<Tensor> converted(const std::optional<Tensor>& tensor, ScalarType type) {
   if (!tensor) return std::nullopt;
   return torch::stable::to(*tensor, type);
-}
-
-template <class T>
-T* data(const std::optional<Tensor>& tensor) {
-  return tensor ? static_cast<T*>(tensor->data_ptr()) : nullptr;
 }
 
 template <class Body>
@@ -334,9 +324,9 @@ Tensor region_conv(Tensor x, Tensor weight, Maybe bias, Maybe scale, Maybe shift
   const Grid g = grid_of(x, weight);
   x = in_order(x, g.channels_last);
   weight = dense_of(weight);
-  bias = dense(bias);
-  scale = dense(scale);
-  shift = dense(shift);
+  bias = dense_of(bias);
+  scale = dense_of(scale);
+  shift = dense_of(shift);
   Tensor out = new_map(x, g, g.out);
   dispatch(x.scalar_type(), [&](auto element) {
     using T = decltype(element);
@@ -364,8 +354,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> region_conv_backward(Tensor g
   grad = in_order(grad, g.channels_last);
   x = in_order(x, g.channels_last);
   weight = dense_of(weight);
-  scale = dense(scale);
-  shift = dense(shift);
+  scale = dense_of(scale);
+  shift = dense_of(shift);
   const Maybe parameters[] = {weight, bias, scale, shift};
   Tensor results[] = {needs & kWantX ? new_map(x, g, g.in) : torch::stable::new_empty(x, {0}), x, x, x, x};
   bool wanted[5] = {(needs & kWantX) != 0};

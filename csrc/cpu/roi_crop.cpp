@@ -21,7 +21,6 @@
 #include "dense.h"
 #include "image.h"
 #include "isa.h"
-#include "pages.h"
 #include "roi_geometry.h"
 
 namespace {
@@ -449,7 +448,7 @@ Tensor roi_crop(Tensor features, Tensor rois, int64_t out_height, int64_t out_wi
   if (is_empty(s)) {
     torch::stable::zero_(out);
   } else {
-    prefer_huge_pages(out.data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
+    prefer_huge_pages(out);
     dispatch(features.scalar_type(), rois.scalar_type(), [&](auto element, auto coordinate) {
       using T = decltype(element);
       using R = decltype(coordinate);
