@@ -13,7 +13,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 #include <optional>
 #include <vector>
 
@@ -92,8 +91,7 @@ struct Cut {
     blocks = std::max<int64_t>(1, (total + rows - 1) / rows);
     const int64_t tiles = (total + blocks - 1) / blocks * s.row();
     // A cache line more, since points a power of two apart would share a few sets of a cache.
-    constexpr int64_t line = 64 / sizeof(T);
-    x_step = tiles * s.in + line, y_step = tiles * s.out + line, w_step = s.in * s.out + line;
+    x_step = tiles * s.in + kLine<T>, y_step = tiles * s.out + kLine<T>, w_step = s.in * s.out + kLine<T>;
   }
   int64_t begin(int64_t block) const { return block * total / blocks; }
 };
@@ -107,12 +105,8 @@ class Work {
   Work(KeptWorkspace& kept, const Sizes& s, const Cut<T>& cut, bool filters) {
     const int64_t widest = std::max(s.in, s.out);
     const int64_t size = 2 * widest + kPoints * (cut.x_step + cut.y_step + (filters ? cut.w_step : 0));
-    T* memory = static_cast<T*>(kept.get(size * sizeof(T)));
-    if (memory == nullptr) {
-      own_.assign(size, std::numeric_limits<T>::quiet_NaN());
-      memory = own_.data();
-    }
-    zeros = memory, nowhere = zeros + widest, x = nowhere + widest, y = x + kPoints * cut.x_step;
+    zeros = workspace(kept, own_, size), nowhere = zeros + widest, x = nowhere + widest,
+    y = x + kPoints * cut.x_step;
     weight = y + kPoints * cut.y_step;
     std::fill(zeros, zeros + 2 * widest, T(0));
   }

@@ -1,4 +1,4 @@
-// What fresh memory costs.
+// What fresh memory costs, and where in it a cache line begins.
 #pragma once
 
 #if defined(__linux__)
@@ -7,7 +7,9 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <limits>
 #include <memory>
+#include <vector>
 
 namespace {
 
@@ -54,5 +56,23 @@ class KeptWorkspace {
   std::unique_ptr<void, Free> memory_;
   int64_t size_ = 0;
 };
+
+// The same as elements; NaN in memory of the caller's own where none is kept.
+template <class T>
+T* workspace(KeptWorkspace& kept, std::vector<T>& own, int64_t count) {
+  if (void* memory = kept.get(count * sizeof(T))) return static_cast<T*>(memory);
+  own.assign(count, std::numeric_limits<T>::quiet_NaN());
+  return own.data();
+}
+
+template <class T>
+constexpr int64_t kLine = 64 / sizeof(T);  // elements of a cache line
+
+// The first place in a buffer from which the element `offset` further on begins a cache line.
+template <class T>
+T* on_lines(T* buffer, int64_t offset = 0) {
+  const auto past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(buffer + offset) / sizeof(T) % kLine<T>);
+  return buffer + (kLine<T> - past) % kLine<T>;
+}
 
 }  // namespace

@@ -165,7 +165,7 @@ class BackwardItem {
         block_(AUFAST_PICK(filters_per_block)()),
         plane_(AUFAST_PICK(plane_size<T>)(g)),
         planes_(g.in * plane_),
-        grad_buffer_(g.out * plane_ + 2 * kLine),
+        grad_buffer_(g.out * plane_ + 2 * kLine<A>),
         grad_(on_lines(grad_buffer_.data(), AUFAST_PICK(first_pixel)(g))),
         result_(block_ * AUFAST_PICK(result_size<T>)(g) + kSlack),
         zero_bias_(block_),
@@ -213,15 +213,6 @@ class BackwardItem {
        std::min(block_, g_.in - first), scale ? scale + first : nullptr, g_.in, sums + first,
        to ? to + first * view.channel : nullptr);
     }
-  }
-
-  static constexpr int64_t kLine = 64 / sizeof(A);
-
-  // Planes whose first pixel, `offset` elements in, begins a cache line.
-  static A* on_lines(A* buffer, int64_t offset) {
-    const int64_t past =
-        static_cast<int64_t>(reinterpret_cast<uintptr_t>(buffer + offset) / sizeof(A) % kLine);
-    return buffer + (kLine - past) % kLine;
   }
 
   const Grid& g_;

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <limits>
 #include <utility>
 #include <vector>
 
@@ -35,15 +34,11 @@ class PointWork {
                                                {&packed_, out * g.in * 9 + lanes_},
                                                {&bias_, out},
                                                {&zeros_, out}};
-    int64_t size = kLine;
-    for (const auto& [buffer, count] : buffers) size += (count + kLine - 1) / kLine * kLine;
-    T* memory = static_cast<T*>(kept.get(size * sizeof(T)));
-    if (memory == nullptr) {
-      own_.assign(size, std::numeric_limits<T>::quiet_NaN());
-      memory = on_lines(own_.data());
-    }
-    for (const auto& [buffer, count] : buffers)
-      *buffer = memory, memory += (count + kLine - 1) / kLine * kLine;
+    const auto in_lines = [](int64_t count) { return (count + kLine<T> - 1) / kLine<T> * kLine<T>; };
+    int64_t size = kLine<T>;
+    for (const auto& [buffer, count] : buffers) size += in_lines(count);
+    T* memory = on_lines(workspace(kept, own_, size));
+    for (const auto& [buffer, count] : buffers) *buffer = memory, memory += in_lines(count);
     std::fill(bias_, bias_ + out, T(0));
     std::fill(zeros_, zeros_ + out, T(0));
     AUFAST_PICK(row_ends<T>)(cut_, before_, behind_);
@@ -111,13 +106,6 @@ class PointWork {
          g_.columns, out + odd * to.row + first * to.channel);
       }
     }
-  }
-
-  static constexpr int64_t kLine = 64 / sizeof(T);  // elements of a cache line
-
-  static T* on_lines(T* buffer) {
-    const auto past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(buffer) / sizeof(T) % kLine);
-    return buffer + (kLine - past) % kLine;
   }
 
   const Grid& g_;

@@ -76,7 +76,6 @@ constexpr int64_t kEnoughItems = 16;          // below, the forward also splits 
 constexpr int64_t kCachedBytes = 160 << 10;   // of an item's maps, well inside the second cache
 constexpr int64_t kStagedBytes = 12 << 10;    // of a region's points, well inside the first
 constexpr int64_t kWalked = 4;                // tiles of channels that a level may walk together
-constexpr int64_t kLine = 64;                 // bytes
 constexpr int64_t kFetchedBytes = 512 << 10;  // of a map at once into the second cache, at most
 constexpr int kWantFeatures = 1, kWantRois = 2;
 
@@ -109,9 +108,9 @@ template <class E>
 class Buffer {
  public:
   E* reserve(int64_t wanted) {
-    const size_t size = wanted + kLine / sizeof(E);
+    const size_t size = wanted + kLine<E>;
     if (elements_.size() < size) elements_.resize(size);
-    return reinterpret_cast<E*>((reinterpret_cast<uintptr_t>(elements_.data()) + kLine - 1) / kLine * kLine);
+    return on_lines(elements_.data());
   }
 
  private:
@@ -235,12 +234,11 @@ class Worker {
   // Fetches an item's part of the map, where its regions read most of that: in the order of the regions, or
   // of 16 planes at once, each line would be waited for.
   void fetch_map(const T* features, int64_t channels, int64_t count) const {
-    constexpr int64_t line = kLine / sizeof(T);
     const int64_t pixels = s_.height * s_.width;
     if (pixels * channels > kFetchedBytes / static_cast<int64_t>(sizeof(T)) || !reads_most(count)) return;
     const int64_t runs = map_layout_.channels_last && channels < s_.channels ? pixels : 1;
     for (int64_t i = 0; i < runs; ++i, features += map_layout_.stride) {
-      for (int64_t k = 0; k < pixels * channels / runs; k += line) __builtin_prefetch(features + k, 0, 2);
+      for (int64_t k = 0; k < pixels * channels / runs; k += kLine<T>) __builtin_prefetch(features + k, 0, 2);
     }
   }
 
